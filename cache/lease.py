@@ -1,0 +1,158 @@
+"""One writer run per teacher group: a lease that its holder renews, and that others may take once it is stale."""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cache.errors import LeaseHeldError
+from cache.layout import LEASE
+from cache.storage import LocalStorage
+
+LEASE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """What a lease says of its holder. Times are seconds since the epoch, by the holder's clock."""
+
+    run: str
+    host: str
+    pid: int
+    started: str
+    since: float
+    renewed: float
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(self.__dict__).encode()
+
+
+class Lease:
+    """Held while the context is open; renewed by a thread.
+
+    A lease is stale when its holder is a dead process of this machine, or when it was not renewed for ``seconds`` while
+    this process watched: no clock is compared with another machine's.
+
+    Args:
+        storage: the cache.
+        group: the teacher's group.
+        seconds: how long a lease lasts without being renewed.
+
+    Raises:
+        LeaseHeldError: on entering, another run holds it; the message names the holder.
+    """
+
+    def __init__(self, storage: LocalStorage, group: str, seconds: float = LEASE_SECONDS) -> None:
+        self._storage = storage
+        self._path = f"{group}/{LEASE}"
+        self._seconds = seconds
+        self._content: bytes | None = None
+        self._stop = threading.Event()
+        self._lost = threading.Event()
+        now = time.time()
+        pid = os.getpid()
+        self._me = _Holder(uuid.uuid4().hex, socket.gethostname(), pid, _process_start(pid), now, now)
+
+    def __enter__(self) -> "Lease":
+        current = self._read()
+        if current is not None and not _is_dead(current):
+            self._watch(current)
+        mine = self._me.to_bytes()
+        if not self._storage.swap(self._path, current, mine):
+            raise LeaseHeldError(self._held_by(self._read()))
+        self._content = mine
+        self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._storage.swap(self._path, self._content, None)
+
+    def check(self) -> None:
+        """Stop a run whose lease was taken over, for it must not compact what another run writes.
+
+        Raises:
+            LeaseHeldError: the lease is another's now.
+        """
+        if self._lost.is_set():
+            raise LeaseHeldError(self._held_by(self._read()))
+
+    def _watch(self, current: bytes) -> None:
+        """Wait until the lease was not renewed for its full time; an error as soon as it is."""
+        if self._is_local(current):
+            raise LeaseHeldError(self._held_by(current))
+        deadline = time.monotonic() + self._seconds
+        while time.monotonic() < deadline:
+            time.sleep(min(0.2, self._seconds / 10))
+            latest = self._read()
+            if latest is None:
+                break
+            if latest != current:
+                raise LeaseHeldError(self._held_by(latest))
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self._seconds / 3):
+            renewed = _Holder(**{**self._me.__dict__, "renewed": time.time()}).to_bytes()
+            try:
+                if not self._storage.swap(self._path, self._content, renewed):
+                    self._lost.set()
+                    return
+            except OSError:
+                continue  # a disk that refuses for a moment: the next round tries again
+            self._content = renewed
+
+    def _read(self) -> bytes | None:
+        return self._storage.read(self._path) if self._storage.exists(self._path) else None
+
+    def _is_local(self, content: bytes) -> bool:
+        holder = _parse(content)
+        return holder is not None and holder.get("host") == socket.gethostname()
+
+    def _held_by(self, content: bytes | None) -> str:
+        holder = (_parse(content) if content else None) or {}
+        age = time.time() - float(holder.get("since", time.time()))
+        return (
+            f"{self._storage.path(self._path)}: these targets are being written by process {holder.get('pid', '?')} on "
+            f"{holder.get('host', '?')}, for {age:.0f} s. Wait for it or stop it; a lease is free {self._seconds:.0f} s "
+            "after its holder died."
+        )
+
+
+def _parse(content: bytes) -> dict[str, Any] | None:
+    try:
+        holder = json.loads(content)
+    except ValueError:
+        return None
+    return holder if isinstance(holder, dict) else None
+
+
+def _is_dead(content: bytes) -> bool:
+    """Whether the holder is known to be gone: a process of this machine that no longer runs, or an unreadable lease."""
+    holder = _parse(content)
+    if holder is None:
+        return True
+    if holder.get("host") != socket.gethostname():
+        return False
+    pid = holder.get("pid")
+    return not isinstance(pid, int) or _process_start(pid) != holder.get("started")
+
+
+def _process_start(pid: int) -> str:
+    """Boot and start time of a process, so that a reused pid is not taken for it; empty if there is none."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return ""
+    # a zombie has ended: it only waits for its parent to look
+    return "" if fields[0] == "Z" else f"{boot}:{fields[19]}"

@@ -1,0 +1,286 @@
+"""Images x views -> buckets -> units, and the bytes of everything, before anything runs. Arithmetic only."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+
+from cache import shard
+from cache.errors import StaleCacheError
+from cache.layout import ITEM_BYTES, GroupInfo, Level, Precision, bucket_name, bucket_size, unit_name
+from cache.manifest import Index
+from cache.views import IntArray, ViewPolicy, padded, resized
+
+UNIT_BYTES = 128 * 2**20
+MAX_UNIT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a data set, as columns of equal length n, in the order of the annotation file.
+
+    Attributes:
+        ids: (n,) int64.
+        widths, heights: (n,) int64, pixels, as the annotation file states them.
+        file_names: n names, relative to the image folder.
+    """
+
+    ids: IntArray
+    widths: IntArray
+    heights: IntArray
+    file_names: Sequence[str]
+
+    def sources(self) -> npt.NDArray[np.uint64]:
+        """(n,) uint64: a hash of each image's base name and size, to tell two data sets with equal ids apart."""
+        sizes = zip(self.file_names, self.widths.tolist(), self.heights.tolist(), strict=True)
+        digests = (
+            hashlib.blake2b(f"{PurePosixPath(name).name} {w} {h}".encode(), digest_size=8).digest()
+            for name, w, h in sizes
+        )
+        return np.frombuffer(b"".join(digests), dtype="<u8")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One (image, view) to compute, and where its targets go.
+
+    Attributes:
+        row: row in the bucket's arrays.
+        width, height: the image's own pixels, as annotated.
+        view_width, view_height: the view's pixels, without padding.
+    """
+
+    image_id: int
+    view: int
+    row: int
+    file_name: str
+    width: int
+    height: int
+    view_width: int
+    view_height: int
+    source: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The unit of work, of storage, of commit and of retry: one shard of each of a bucket's arrays.
+
+    Attributes:
+        index: place in the bucket; the unit holds rows ``index * slots`` to ``(index + 1) * slots - 1``.
+        slots: rows a full unit has.
+        rows: what is to be computed.
+        kept: rows committed earlier, to be carried over when the shard is written anew.
+    """
+
+    bucket: str
+    index: int
+    slots: int
+    rows: tuple[Row, ...]
+    kept: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return unit_name(self.bucket, self.index)
+
+    def slot(self, row: int) -> int:
+        """The slot of a row inside this unit's shards."""
+        return row - self.index * self.slots
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The (image, view)s whose padded height x width are equal.
+
+    Attributes:
+        rows: rows when the plan is done, the committed ones included.
+        slots: rows of a full unit.
+        todo: rows not committed yet.
+    """
+
+    name: str
+    rows: int
+    slots: int
+    todo: int
+
+    @property
+    def units(self) -> int:
+        return -(-self.rows // self.slots)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a teacher's group will hold, and what is left to compute.
+
+    Attributes:
+        info: the group's attributes.
+        buckets: every bucket, the largest first.
+        total: rows that the data set and the view policy ask for.
+        images, policy: what the plan was made for.
+    """
+
+    info: GroupInfo
+    buckets: tuple[Bucket, ...]
+    total: int
+    images: Images
+    policy: ViewPolicy
+    _sources: npt.NDArray[np.uint64]
+    _todo: dict[str, tuple[IntArray, IntArray, IntArray]]
+    _occupied: Mapping[str, IntArray] = field(default_factory=dict)
+
+    @property
+    def dataset_digest(self) -> str:
+        """A hash over every image's id, base name and size."""
+        return hashlib.sha256(self.images.ids.tobytes() + self._sources.tobytes()).hexdigest()
+
+    @property
+    def todo(self) -> int:
+        """Rows left to compute."""
+        return sum(bucket.todo for bucket in self.buckets)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Exact bytes of all shards when the plan is done."""
+        return sum(self.bucket_bytes(bucket) for bucket in self.buckets)
+
+    @property
+    def todo_bytes(self) -> int:
+        """Bytes of the maps and scales that are left to write."""
+        row_sizes = ((b, _chunk_sizes(self.info.levels, self.info.precision, b.name)) for b in self.buckets)
+        return sum(bucket.todo * sum(sizes) for bucket, sizes in row_sizes)
+
+    def bucket_bytes(self, bucket: Bucket) -> int:
+        """Exact bytes of a bucket's shards."""
+        sizes = _chunk_sizes(self.info.levels, self.info.precision, bucket.name)
+        overhead = shard.size(0, 0, bucket.slots) * bucket.units
+        per_row = sum(shard.size(chunk, 1, 0) - shard.size(0, 0, 0) for chunk in sizes)
+        return bucket.rows * per_row + overhead * len(sizes)
+
+    def level_bytes(self) -> dict[str, int]:
+        """Bytes of each level's maps, without scales and indices."""
+        item = ITEM_BYTES[self.info.precision]
+        return {
+            level.name: sum(
+                b.rows * level.channels * item * int(np.prod(level.map_size(*bucket_size(b.name))))
+                for b in self.buckets
+            )
+            for level in self.info.levels
+        }
+
+    def units(self) -> Iterator[Unit]:
+        """The units with something left to compute, bucket by bucket."""
+        for bucket in self.buckets:
+            if bucket.todo:
+                yield from self._bucket_units(bucket)
+
+    def _bucket_units(self, bucket: Bucket) -> Iterator[Unit]:
+        positions, views, rows = self._todo[bucket.name]
+        occupied = self._occupied.get(bucket.name, np.zeros(0, np.int64))
+        starts = np.flatnonzero(np.diff(rows // bucket.slots, prepend=-1))
+        for start, end in zip(starts, [*starts[1:], rows.size], strict=True):
+            index = int(rows[start]) // bucket.slots
+            lo, hi = np.searchsorted(occupied, (index * bucket.slots, (index + 1) * bucket.slots))
+            members = tuple(
+                self._row(int(p), int(v), int(r))
+                for p, v, r in zip(positions[start:end], views[start:end], rows[start:end], strict=True)
+            )
+            yield Unit(bucket.name, index, bucket.slots, members, tuple(occupied[lo:hi].tolist()))
+
+    def _row(self, position: int, view: int, row: int) -> Row:
+        images = self.images
+        width, height = images.widths[position], images.heights[position]
+        view_width, view_height = resized(width, height, self.policy[view].scale)
+        return Row(
+            image_id=int(images.ids[position]),
+            view=view,
+            row=row,
+            file_name=images.file_names[position],
+            width=int(width),
+            height=int(height),
+            view_width=int(view_width),
+            view_height=int(view_height),
+            source=int(self._sources[position]),
+        )
+
+
+def make_plan(
+    images: Images,
+    policy: ViewPolicy,
+    info: GroupInfo,
+    *,
+    committed: Index | None = None,
+    existing_slots: Mapping[str, int] | None = None,
+    unit_rows: int | None = None,
+) -> Plan:
+    """Give every row that is wanted and not committed a place.
+
+    Committed rows keep theirs. The others fill, in the order of (image, view), the free rows of their bucket from the
+    first on; so an interrupted plan made again from what it committed puts every remaining row where it was before,
+    and images added later go behind.
+
+    Args:
+        committed: the manifest's index, if the group exists.
+        existing_slots: rows of a full unit for the buckets whose arrays exist; they cannot change.
+        unit_rows: rows of a full unit in new buckets; by default as many as make about 128 MiB, at most 256.
+
+    Raises:
+        StaleCacheError: a committed row belongs to another image of the same id.
+    """
+    sources = images.sources()
+    if committed is not None:
+        _refuse_other_images(images, sources, committed)
+    done = (
+        np.zeros((images.ids.size, len(policy)), np.bool_)
+        if committed is None
+        else committed.committed(images.ids, len(policy))
+    )
+    occupied = {} if committed is None else committed.occupied()
+    keys = _bucket_keys(images, policy, info.divisor)
+    buckets, todo = [], {}
+    for key, count in zip(*np.unique(keys, return_counts=True), strict=True):
+        name = bucket_name(int(key) >> 32, int(key) & 0xFFFFFFFF)
+        positions, views = np.nonzero((keys == key) & ~done)
+        taken = occupied.get(name, np.zeros(0, np.int64))
+        free = np.setdiff1d(np.arange(taken.size + positions.size), taken, assume_unique=True)[: positions.size]
+        # a hole may lie behind the last taken row: setdiff over taken + new rows always leaves enough
+        slots = (existing_slots or {}).get(name) or unit_rows or _default_slots(info, name)
+        rows = int(max(taken.max(initial=-1), free.max(initial=-1))) + 1
+        buckets.append((int(count), Bucket(name, rows, slots, int(positions.size))))
+        todo[name] = (positions, views, free)
+    ordered = tuple(bucket for _, bucket in sorted(buckets, key=lambda pair: (-pair[0], pair[1].name)))
+    return Plan(info, ordered, int(keys.size), images, policy, sources, todo, occupied)
+
+
+def _bucket_keys(images: Images, policy: ViewPolicy, divisor: int) -> IntArray:
+    """(n, views) int64: padded height << 32 | padded width."""
+    columns = []
+    for view in policy:
+        widths, heights = resized(images.widths, images.heights, view.scale)
+        columns.append((padded(heights, divisor) << 32) | padded(widths, divisor))
+    return np.stack(columns, axis=1)
+
+
+def _refuse_other_images(images: Images, sources: npt.NDArray[np.uint64], committed: Index) -> None:
+    known, cached = committed.sources_of(images.ids)
+    wrong = np.flatnonzero(known & (cached != sources))
+    if wrong.size:
+        at = int(wrong[0])
+        raise StaleCacheError(
+            f"{wrong.size} of {images.ids.size} images have targets of another image with the same id in this cache, "
+            f"the first is id {images.ids[at]} ({images.file_names[at]}, {images.widths[at]}x{images.heights[at]}). "
+            "Give this data set a cache of its own: another cache.uri."
+        )
+
+
+def _chunk_sizes(levels: Sequence[Level], precision: Precision, bucket: str) -> list[int]:
+    """Bytes of one row in each of a bucket's arrays: the maps, and for int8 their scales."""
+    maps = [
+        level.channels * int(np.prod(level.map_size(*bucket_size(bucket)))) * ITEM_BYTES[precision] for level in levels
+    ]
+    return maps + ([4 * level.channels for level in levels] if precision == "int8" else [])
+
+
+def _default_slots(info: GroupInfo, bucket: str) -> int:
+    return max(1, min(MAX_UNIT_ROWS, round(UNIT_BYTES / sum(_chunk_sizes(info.levels, info.precision, bucket)))))

@@ -1,0 +1,83 @@
+"""The thin Ray actor around `trainer.UnitComputer` and `cache.write_unit`."""
+
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+import ray
+import torch
+
+from cache import GroupInfo, Unit, ViewPolicy, open_storage, write_unit
+from trainer import Failure, Teacher, TeacherSpec, UnitComputer
+
+# one unit decodes while the one before is on the device and the one before that is written
+PIPELINE_DEPTH = 3
+
+
+@dataclass(frozen=True)
+class ActorJob:
+    """What an actor must know; a few hundred bytes."""
+
+    uri: str
+    info: GroupInfo
+    spec: TeacherSpec
+    policy: ViewPolicy
+    img_dir: str
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What an actor reports of a unit; the targets themselves never travel through Ray.
+
+    Attributes:
+        rows: rows committed.
+        device_seconds: time the unit held the device.
+    """
+
+    unit: str
+    rows: int
+    failures: tuple[Failure, ...]
+    written_bytes: int
+    device_seconds: float
+
+
+@ray.remote(max_concurrency=PIPELINE_DEPTH)
+class TeacherActor:
+    """Holds one teacher. Up to `PIPELINE_DEPTH` calls of `run` overlap; one at a time is on the device."""
+
+    def __init__(self, job: ActorJob) -> None:
+        self._job = job
+        self._device_lock = threading.Lock()
+        self._computer: UnitComputer | None = None
+
+    def load(self) -> str:
+        """Load the teacher. Not done on creation, for an error there would arrive as the death of the actor.
+
+        Returns:
+            Host and process, for logs.
+
+        Raises:
+            TeacherLoadError: config and checkpoint do not fit.
+        """
+        job = self._job
+        device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
+        teacher = Teacher(job.spec, job.info.teacher, device)
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+        self._computer = UnitComputer(
+            teacher, job.info, job.policy, job.img_dir, job.spec.batch_size, decoders=max(1, int(cpus))
+        )
+        return f"{socket.gethostname()}:{os.getpid()}"
+
+    def run(self, unit: Unit) -> UnitRecord:
+        """Decode, compute, write and commit one unit."""
+        assert self._computer is not None, "load() comes first"
+        views, unusable = self._computer.decode(unit)
+        with self._device_lock:
+            started = time.monotonic()
+            targets, refused = self._computer.compute(views)
+            seconds = time.monotonic() - started
+        del views
+        written = write_unit(open_storage(self._job.uri), self._job.info, unit, targets) if targets else 0
+        return UnitRecord(unit.name, len(targets), (*unusable, *refused), written, seconds)

@@ -1,0 +1,200 @@
+"""The `mtpd` command. Exit codes: 0 done, 1 a fault that the message explains, 2 wrong usage."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache import MtpdError, Plan, RecipeError
+from services import demo as demonstration
+from services.precompute import FillResult, fill, plan_teacher, used_teachers
+from services.present import complain, duration, say, size, table
+from services.train import ap, train
+from trainer import Recipe, StageResult, TargetSource, load_recipe, stage_config
+
+app = typer.Typer(
+    help="Distil light detectors from many heavy teachers, each run once per image.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
+TeacherName = Annotated[str | None, typer.Option("--teacher", help="Only this teacher.")]
+Online = Annotated[
+    TargetSource, typer.Option("--targets", help="Read the cache, or run the teacher beside the student.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Begin even if the plan does not fit the disk.")]
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    teacher: TeacherName = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Images, views, buckets, units and bytes of each teacher. Arithmetic only; nothing is computed or written."""
+    content = load_recipe(recipe)
+    plans = [plan_teacher(content, name) for name in _teachers(content, teacher)]
+    if as_json:
+        typer.echo(json.dumps([_plan_record(p, len(content.policy)) for p in plans], indent=1))
+        return
+    for one in plans:
+        _show_plan(one, len(content.policy))
+
+
+@app.command()
+def precompute(recipe: RecipeFile, teacher: TeacherName = None, force: Force = False) -> None:
+    """Fill the cache on the Ray cluster (a local one if there is none). Resumes by itself."""
+    content = load_recipe(recipe)
+    results = [fill(content, name, force=force) for name in _teachers(content, teacher)]
+    for result in results:
+        _show_fill(result)
+    if any(result.failures for result in results):
+        raise typer.Exit(1)
+
+
+@app.command("train")
+def train_command(
+    recipe: RecipeFile,
+    stage: Annotated[int | None, typer.Option("--stage", min=1, help="Only this stage, counted from 1.")] = None,
+    targets: Online = "cache",
+) -> None:
+    """Train the student through its stages, evaluate after each. Resumes by itself."""
+    content = load_recipe(recipe)
+    if stage is not None and stage > len(content.stages):
+        raise RecipeError(f"--stage {stage}: {recipe} has {len(content.stages)} stages.")
+    stages = [stage] if stage is not None else range(1, len(content.stages) + 1)
+    _show_stages(train(content, list(stages), targets))
+
+
+@app.command()
+def run(recipe: RecipeFile, force: Force = False) -> None:
+    """The whole job: precompute every teacher, train every stage, evaluate."""
+    content = load_recipe(recipe)
+    fills = [fill(content, name, force=force) for name in used_teachers(content)]
+    for result in fills:
+        _show_fill(result)
+    if any(result.failures for result in fills):
+        raise typer.Exit(1)
+    _show_stages(train(content, range(1, len(content.stages) + 1)))
+
+
+@app.command()
+def config(
+    recipe: RecipeFile, stage: Annotated[int, typer.Option("--stage", min=1)], targets: Online = "cache"
+) -> None:
+    """Print a stage's resolved mmengine config, which mmdet's tools/train.py runs as it is."""
+    content = load_recipe(recipe)
+    if stage > len(content.stages):
+        raise RecipeError(f"--stage {stage}: {recipe} has {len(content.stages)} stages.")
+    typer.echo(stage_config(content, stage, targets).pretty_text)
+
+
+@app.command()
+def demo(
+    work_dir: Annotated[Path, typer.Option("--work-dir", help="Where data, cache and students go.")] = Path(
+        "work/demo"
+    ),
+) -> None:
+    """The whole job on generated data, from nothing, on this machine: three arms at equal epochs."""
+    demonstration.run(work_dir)
+
+
+def main() -> None:
+    """Entry point: errors that the user can mend end in one message, without a traceback."""
+    try:
+        app()
+    except MtpdError as error:
+        complain(f"error: {error}")
+        sys.exit(1)
+
+
+def _teachers(recipe: Recipe, only: str | None) -> list[str]:
+    if only is None:
+        return used_teachers(recipe)
+    if only not in recipe.teachers:
+        raise RecipeError(f"--teacher {only}: not in `teachers` ({', '.join(recipe.teachers) or 'none'}).")
+    return [only]
+
+
+def _plan_record(plan: Plan, views: int) -> dict[str, object]:
+    return {
+        "teacher": plan.info.teacher,
+        "group": plan.info.name,
+        "images": plan.total // views,
+        "views": views,
+        "rows": plan.total,
+        "rows_to_compute": plan.todo,
+        "units": sum(bucket.units for bucket in plan.buckets),
+        "precision": plan.info.precision,
+        "bytes": plan.stored_bytes,
+        "bytes_per_row": plan.stored_bytes / max(1, plan.total),
+        "level_bytes": plan.level_bytes(),
+        "levels": {level.name: {"channels": level.channels, "stride": level.stride} for level in plan.info.levels},
+        "buckets": [
+            {
+                "name": bucket.name,
+                "rows": bucket.rows,
+                "rows_to_compute": bucket.todo,
+                "unit_rows": bucket.slots,
+                "units": bucket.units,
+                "bytes": plan.bucket_bytes(bucket),
+            }
+            for bucket in plan.buckets
+        ],
+    }
+
+
+def _show_plan(plan: Plan, views: int) -> None:
+    shown = plan.buckets[:12]
+    rows: list[list[object]] = [
+        [b.name, f"{b.rows:,}", f"{b.todo:,}", b.slots, f"{b.units:,}", size(plan.bucket_bytes(b))] for b in shown
+    ]
+    if rest := plan.buckets[12:]:
+        rows.append(
+            [
+                f"{len(rest)} more",
+                f"{sum(b.rows for b in rest):,}",
+                f"{sum(b.todo for b in rest):,}",
+                "",
+                f"{sum(b.units for b in rest):,}",
+                size(sum(plan.bucket_bytes(b) for b in rest)),
+            ]
+        )
+    table(f"{plan.info.name}", ["bucket", "rows", "to compute", "unit rows", "units", "bytes"], rows)
+    levels = ", ".join(f"{name} {size(count)}" for name, count in plan.level_bytes().items())
+    row_bytes = plan.stored_bytes / max(1, plan.total)
+    say(f"{plan.total // views:,} images x {views} views = {plan.total:,} rows, {plan.todo:,} to compute")
+    say(f"{size(plan.stored_bytes)} as {plan.info.precision} ({levels})")
+    say(f"training reads {size(row_bytes)} an image: {size(100 * row_bytes)}/s at 100 images/s\n")
+
+
+def _show_fill(result: FillResult) -> None:
+    if result.computed:
+        rate = result.computed / max(result.seconds, 1e-9)
+        say(
+            f"teacher {result.teacher}: {result.computed:,} rows in {duration(result.seconds)} ({rate:.1f} images/s, device busy "
+            f"{result.device_share:.0%}), {size(result.written_bytes)} written to {result.group}"
+        )
+    if not result.failures:
+        return
+    images = {failure.image_id: failure for failure in result.failures}
+    complain(
+        f"teacher {result.teacher}: {len(result.failures)} rows of {len(images)} images have no targets; all other rows are "
+        "committed. Mend or remove these images, then run the same command again:"
+    )
+    for failure in list(images.values())[:20]:
+        complain(f"  image {failure.image_id} ({failure.file_name}) {failure.reason}")
+    if len(images) > 20:
+        complain(f"  and {len(images) - 20} more")
+
+
+def _show_stages(results: list[StageResult]) -> None:
+    rows = [
+        [r.stage, r.teacher or "-", r.epochs, ap(r.metrics), duration(r.seconds), f"{r.teacher_forwards:,}", r.student]
+        for r in results
+    ]
+    table("stages", ["stage", "teacher", "epochs", "val", "time", "teacher forwards", "student"], rows)

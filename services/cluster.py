@@ -1,0 +1,52 @@
+"""The Ray cluster that a command runs on: the one at hand, or a local one for the command's own time."""
+
+import os
+from pathlib import Path
+
+import ray
+
+from cache import RecipeError
+from trainer import Recipe
+
+
+def connect(*, quiet: bool = False) -> None:
+    """Connect to the cluster of ``RAY_ADDRESS`` or of this machine, or start a local one. Nothing if connected.
+
+    Args:
+        quiet: do not print what workers print.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster reports nothing to anyone
+    ray.init(log_to_driver=not quiet, logging_level="WARNING")
+
+
+def refuse_temporary_paths(recipe: Recipe) -> None:
+    """A submitted job runs in a temporary copy of its working directory: nothing may be written there.
+
+    Raises:
+        RecipeError: the cache or the work_dir lies in that copy.
+    """
+    here = Path.cwd()
+    if "working_dir_files" not in here.parts:
+        return
+    for key, path in (("cache.uri", recipe.cache.uri), ("work_dir", recipe.work_dir)):
+        if "://" not in path and Path(path).is_relative_to(here):
+            raise RecipeError(
+                f"{key}: a relative path, which in a submitted job lies in a temporary copy of the working directory and "
+                f"would be lost ({path}). Give an absolute path on storage that every node sees."
+            )
+
+
+def share(amount: float | None, resource: str, workers: int) -> float:
+    """What each of ``workers`` gets of a resource: ``amount`` if the recipe gives it.
+
+    Otherwise one GPU where the cluster has any; four CPUs beside a GPU, or an equal share of all CPUs.
+    """
+    if amount is not None:
+        return amount
+    total = ray.cluster_resources()
+    gpus = total.get("GPU", 0)
+    if resource == "GPU":
+        return 1 if gpus else 0
+    return min(4, total.get("CPU", 1)) if gpus else max(1, int(total.get("CPU", 1)) // workers)

@@ -1,0 +1,116 @@
+"""What the user sees: lines, tables, and the driver's progress."""
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+import rich.progress
+from rich.console import Console
+from rich.table import Table
+
+_LINE_SECONDS = 10.0
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Print a line."""
+    _console.print(text, markup=False)
+
+
+def complain(text: str) -> None:
+    """Print an error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; all columns but the first are aligned right."""
+    view = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        view.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for row in rows:
+        view.add_row(*(str(cell) for cell in row))
+    # a pipe has no width of its own: let the table have what it needs
+    (_console if sys.stdout.isatty() else Console(highlight=False, width=160)).print(view)
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d} min"
+
+
+class Progress:
+    """Images done, images/s and time left: a bar on a terminal, else a line every few seconds.
+
+    An image here is one view of an image: one forward pass of the teacher.
+    """
+
+    def __init__(self, title: str, total: int, done: int) -> None:
+        self._title, self._total, self._done, self._first = title, total, done, done
+        self._failed = 0
+        self._started = self._printed = time.monotonic()
+        self._bar: rich.progress.Progress | None = None
+
+    def __enter__(self) -> "Progress":
+        if _console.is_terminal:
+            columns = rich.progress
+            self._bar = columns.Progress(
+                columns.TextColumn("{task.description}"),
+                columns.BarColumn(),
+                columns.MofNCompleteColumn(),
+                columns.TextColumn("{task.fields[note]}"),
+                console=_console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=self._total, completed=self._done, note="")
+        else:
+            say(f"{self._title}: {self._total - self._done:,} of {self._total:,} images to compute")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif error is None:
+            say(f"{self._title}: {self._state()}")
+
+    def begin(self, moment: float | None) -> None:
+        """The first unit was handed out then (``time.monotonic``): the rate does not count the time before."""
+        self._started = self._started if moment is None else moment
+
+    def advance(self, done: int, failed: int) -> None:
+        """Count a unit's images."""
+        self._done += done
+        self._failed += failed
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done + self._failed, note=self._state())
+        elif now - self._printed > _LINE_SECONDS:
+            self._printed = now
+            say(f"{self._title}: {self._state()}")
+
+    def notice(self, text: str) -> None:
+        """Print a line beside the bar."""
+        say(f"{self._title}: {text}")
+
+    def _state(self) -> str:
+        seconds = max(1e-6, time.monotonic() - self._started)
+        rate = (self._done - self._first + self._failed) / seconds
+        left = duration((self._total - self._done - self._failed) / rate) if rate else "unknown"
+        failed = f", {self._failed:,} failed" if self._failed else ""
+        return f"{self._done:,} of {self._total:,} images{failed}, {rate:.1f} images/s, {left} left"

@@ -1,0 +1,87 @@
+"""Stages under Ray Train: each worker runs an mmengine Runner that reads the cache directly."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray.train
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from cache import MtpdError
+from services import cluster
+from services.present import duration, say
+from trainer import Recipe, StageResult, TargetSource, open_stage, stage_dir, train_stage
+
+
+def train(
+    recipe: Recipe, stages: Sequence[int], targets: TargetSource = "cache", *, quiet: bool = False
+) -> list[StageResult]:
+    """Train stages one after the other; those that are done are not trained again, one that was killed goes on.
+
+    Args:
+        stages: numbers of the stages, from 1, ascending.
+        targets: the teacher's features from the cache, or from the teacher running beside the student.
+        quiet: do not print what the workers print; it is in each stage's folder all the same.
+
+    Raises:
+        MtpdError: an error that the user can mend.
+    """
+    cluster.refuse_temporary_paths(recipe)
+    return [_train_stage(recipe, stage, targets, quiet) for stage in stages]
+
+
+def _train_stage(recipe: Recipe, stage: int, targets: TargetSource, quiet: bool) -> StageResult:
+    _, done = open_stage(recipe, stage, targets)
+    spec = recipe.stages[stage - 1]
+    name = f"stage {stage} of {len(recipe.stages)} ({spec.teacher or 'no teacher'}, {spec.epochs} epochs)"
+    if done is not None:
+        say(f"{name}: done before, {ap(done.metrics)}")
+        return done
+    say(f"{name}: training; log in {stage_dir(recipe, stage)}")
+    cluster.connect(quiet=quiet)
+    workers = recipe.training.workers
+    cpus = cluster.share(recipe.training.cpus, "CPU", workers)
+    gpus = cluster.share(recipe.training.gpus, "GPU", workers)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"recipe": recipe, "stage": stage, "targets": targets},
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+        ),
+        run_config=RunConfig(name=f"stage-{stage}", storage_path=str(stage_dir(recipe, stage) / "ray")),
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            for cause in (failure, failure.__cause__, getattr(failure, "cause", None)):
+                if isinstance(cause, MtpdError):
+                    raise cause from None
+        raise
+    _, result = open_stage(recipe, stage, targets)
+    if result is None:
+        raise MtpdError(
+            f"{stage_dir(recipe, stage)}: the worker finished, but its result is not there. work_dir must lie on storage that "
+            "every node sees."
+        )
+    say(f"{name}: {ap(result.metrics)} after {duration(result.seconds)}")
+    return result
+
+
+def ap(metrics: dict[str, float]) -> str:
+    """COCO AP in points, boxes and (where there are any) masks."""
+    kinds = {"bbox_mAP": "box AP", "segm_mAP": "mask AP"}
+    return ", ".join(f"{label} {100 * metrics[key]:.1f}" for key, label in kinds.items() if key in metrics)
+
+
+def _work(config: dict[str, Any]) -> None:
+    """One training worker. Ray Train has initialised the process group."""
+    world = ray.train.get_context().get_world_size()
+    train_stage(
+        config["recipe"],
+        config["stage"],
+        config["targets"],
+        launcher="pytorch" if world > 1 else "none",
+        report=lambda metrics: ray.train.report(metrics),
+    )

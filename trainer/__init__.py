@@ -1,0 +1,60 @@
+"""Models: recipes, teachers, students, mechanisms and stages, on mmdet and mmengine. Runs without ray.
+
+Importing this package registers its transforms, data set, sampler, model and hook with mmdet. What the floor above may use
+is what is exported here.
+"""
+
+import io
+import warnings
+from contextlib import redirect_stdout
+
+# mmdet prints and warns about its optional plugins on every import
+with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=True)
+
+from trainer.annotations import Annotations, read_annotations
+from trainer.compute import Failure, UnitComputer
+from trainer.dataset import ViewedDataset, ViewSampler, epoch_order
+from trainer.distiller import Distiller
+from trainer.recipe import Recipe, StageSpec, TeacherSpec, load_recipe, parse_recipe
+from trainer.scenes import CLASSES, SceneOptions, generate
+from trainer.stage import StageResult, TargetSource, open_stage, stage_config, stage_dir, teacher_info, train_stage
+from trainer.targets import TeacherMaps, assemble
+from trainer.teacher import Teacher, TeacherOutput, describe, fingerprint_record
+from trainer.transforms import ApplyView, LoadTeacherTargets
+
+__all__ = [
+    "CLASSES",
+    "Annotations",
+    "ApplyView",
+    "Distiller",
+    "Failure",
+    "LoadTeacherTargets",
+    "Recipe",
+    "SceneOptions",
+    "StageResult",
+    "StageSpec",
+    "TargetSource",
+    "Teacher",
+    "TeacherMaps",
+    "TeacherOutput",
+    "TeacherSpec",
+    "UnitComputer",
+    "ViewSampler",
+    "ViewedDataset",
+    "assemble",
+    "describe",
+    "epoch_order",
+    "fingerprint_record",
+    "generate",
+    "load_recipe",
+    "open_stage",
+    "parse_recipe",
+    "read_annotations",
+    "stage_config",
+    "stage_dir",
+    "teacher_info",
+    "train_stage",
+]

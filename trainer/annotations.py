@@ -1,0 +1,61 @@
+"""The parts of a COCO annotation file that the plan needs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache import Images, RecipeError
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """A COCO annotation file.
+
+    Attributes:
+        images: every image, in the order of the file.
+        classes: names of the categories, in the order of the file.
+        has_masks: whether every object has a segmentation.
+    """
+
+    images: Images
+    classes: tuple[str, ...]
+    has_masks: bool
+
+
+def read_annotations(path: str | Path, key: str) -> Annotations:
+    """Read a COCO annotation file.
+
+    Args:
+        key: the recipe's key, for errors.
+
+    Raises:
+        RecipeError: not such a file; the message names the entry at fault.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+        entries, categories = content["images"], content["categories"]
+        objects = content["annotations"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"{key}: {path}: not a COCO annotation file with images, annotations and categories ({error!r})."
+        ) from error
+    try:
+        sizes = np.array([(e["id"], e["width"], e["height"]) for e in entries], dtype=np.int64).reshape(-1, 3)
+        names = [str(e["file_name"]) for e in entries]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise RecipeError(
+            f"{key}: {path}: every entry of `images` needs integer id, width and height, and file_name ({error!r})."
+        ) from error
+    if sizes.shape[0] == 0:
+        raise RecipeError(f"{key}: {path}: `images` is empty.")
+    ids = sizes[:, 0]
+    unique, counts = np.unique(ids, return_counts=True)
+    if unique.size != ids.size:
+        raise RecipeError(f"{key}: {path}: image id {unique[counts > 1][0]} occurs more than once.")
+    if (bad := np.flatnonzero((sizes[:, 1:] <= 0).any(axis=1))).size:
+        raise RecipeError(f"{key}: {path}: image id {ids[bad[0]]} has width or height 0 or less.")
+    images = Images(ids, sizes[:, 1].copy(), sizes[:, 2].copy(), names)
+    classes = tuple(str(category["name"]) for category in categories)
+    return Annotations(images, classes, bool(objects) and all(o.get("segmentation") for o in objects))

@@ -1,0 +1,74 @@
+"""mmdet configs by path or by mmengine's ``mmdet::`` notation, with errors that name the key of the recipe."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.registry import init_default_scope
+
+from cache import RecipeError
+
+
+def load_config(name: str, options: Mapping[str, Any] | None, key: str) -> Config:
+    """Read an mmdet config.
+
+    Args:
+        name: path of a config file, or ``mmdet::retinanet/...py`` for one that ships inside mmdet.
+        options: overrides by dotted key, as mmdet's ``--cfg-options``.
+        key: the recipe's key, for errors.
+
+    Raises:
+        RecipeError: no such file, or it does not evaluate to a detector's config.
+    """
+    try:
+        config = get_config(name) if "::" in name else Config.fromfile(name)
+        config.merge_from_dict(dict(options or {}))
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"{key}: {name!r}: no such config ({error}). Give a path, or mmdet::FOLDER/FILE.py."
+        ) from error
+    except Exception as error:
+        raise RecipeError(f"{key}: {name!r} cannot be read: {type(error).__name__}: {error}") from error
+    if "model" not in config:
+        raise RecipeError(f"{key}: {name!r} has no `model`; it is not the config of a detector.")
+    init_default_scope("mmdet")
+    return config
+
+
+def nested(value: Any) -> Iterator[dict[str, Any]]:
+    """Every dict inside a config, the outermost first."""
+    if isinstance(value, dict):
+        yield value
+        for inner in value.values():
+            yield from nested(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from nested(inner)
+
+
+def set_classes(model: dict[str, Any], classes: int) -> list[int]:
+    """Set every ``num_classes`` of a detector's config. Returns the numbers that were replaced."""
+    replaced = []
+    for part in nested(model):
+        if part.get("num_classes", classes) != classes:
+            replaced.append(part["num_classes"])
+            part["num_classes"] = classes
+    return replaced
+
+
+def plain(value: Any, drop: frozenset[str] = frozenset()) -> Any:
+    """A config as plain JSON: tuples become lists, classes their names; keys in ``drop`` are left out at any depth."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, drop) for k, v in value.items() if k not in drop}
+    if isinstance(value, list | tuple):
+        return [plain(v, drop) for v in value]
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else str(value)
+
+
+def resolve(name: str) -> str:
+    """Make a config's path absolute; ``mmdet::`` names stay as they are."""
+    return name if "::" in name else str(Path(name).expanduser().absolute())

@@ -1,0 +1,256 @@
+"""The recipe's schema. Everything that can be known to be wrong is refused here, before anything runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from cache import Precision, RecipeError, ViewPolicy
+from trainer.config import resolve
+from trainer.mechanisms import check_mechanism
+
+
+def _existing_file(value: Any) -> Any:
+    path = Path(str(value)).expanduser().absolute()
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    return str(path)
+
+
+def _existing_folder(value: Any) -> Any:
+    path = Path(str(value)).expanduser().absolute()
+    if not path.is_dir():
+        raise ValueError(f"no such folder: {path}")
+    return str(path)
+
+
+def _config(value: Any) -> Any:
+    name = resolve(str(value))
+    if "::" not in name and not Path(name).is_file():
+        raise ValueError(
+            f"no such config file: {name} (configs that ship inside mmdet are written mmdet::FOLDER/FILE.py)"
+        )
+    return name
+
+
+def _mechanism(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("a mechanism is a mapping with a `type`")
+    check_mechanism(value)
+    return value
+
+
+def _scales(value: Any) -> Any:
+    return [value] if isinstance(value, list) and value and not isinstance(value[0], list) else value
+
+
+ExistingFile = Annotated[str, BeforeValidator(_existing_file)]
+ExistingFolder = Annotated[str, BeforeValidator(_existing_folder)]
+ConfigName = Annotated[str, BeforeValidator(_config)]
+MechanismSpec = Annotated[dict[str, Any], BeforeValidator(_mechanism)]
+Scale = tuple[PositiveInt, PositiveInt]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SplitSpec(_Spec):
+    """One COCO annotation file and the folder of its images."""
+
+    ann_file: ExistingFile
+    img_dir: ExistingFolder
+
+
+class DatasetSpec(_Spec):
+    """The images that teachers see and students train on, and those that students are evaluated on."""
+
+    train: SplitSpec
+    val: SplitSpec
+
+
+class ViewsSpec(_Spec):
+    """Which views of an image exist: one or several scales (long edge, short edge in pixels), with or without flip."""
+
+    scale: Annotated[tuple[Scale, ...], BeforeValidator(_scales), Field(min_length=1)]
+    flip: Literal["both", "none"] = "both"
+
+    def policy(self) -> ViewPolicy:
+        """The policy that gives each view its number."""
+        return ViewPolicy(self.scale, self.flip)
+
+
+class CacheSpec(_Spec):
+    """Where targets are stored, and how: ``unit_rows`` overrides how many rows make a unit."""
+
+    uri: str
+    precision: Precision = "int8"
+    unit_rows: PositiveInt | None = None
+
+
+class ActorsSpec(_Spec):
+    """Teacher actors: between ``min`` and ``max``, each with so many GPUs (fractions allowed) and CPUs.
+
+    By default an actor takes one GPU if the cluster has any, and four CPUs; without GPUs the actors share all CPUs.
+    """
+
+    min: PositiveInt = 1
+    max: PositiveInt = 1
+    gpus: Annotated[float, Field(ge=0)] | None = None
+    cpus: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ActorsSpec":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+
+class TeacherSpec(_Spec):
+    """One teacher.
+
+    Attributes:
+        capture: modules whose maps are the features, by their names in the detector.
+        levels: which of the captured levels are stored; all by default.
+        autocast: dtype of the forward pass; float32 where it is null.
+        batch_size: views in one forward pass.
+    """
+
+    config: ConfigName
+    checkpoint: ExistingFile
+    cfg_options: dict[str, Any] = {}
+    capture: Annotated[tuple[str, ...], Field(min_length=1)] = ("neck",)
+    levels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    autocast: Literal["bfloat16", "float16"] | None = None
+    batch_size: PositiveInt = 1
+
+
+class StudentSpec(_Spec):
+    """The student.
+
+    Attributes:
+        checkpoint: weights to start from; with null its config's ``init_cfg`` decides.
+        inherit: copy the first stage's teacher's neck and heads into the student where names and shapes agree.
+        capture: modules whose maps are matched with the teacher's levels.
+    """
+
+    config: ConfigName
+    cfg_options: dict[str, Any] = {}
+    checkpoint: ExistingFile | None = None
+    inherit: bool = False
+    capture: Annotated[tuple[str, ...], Field(min_length=1)] = ("neck",)
+
+
+class StageSpec(_Spec):
+    """One teacher, its mechanisms and a number of epochs. Without a teacher the student trains alone."""
+
+    teacher: str | None = None
+    mechanisms: tuple[MechanismSpec, ...] = ()
+    epochs: PositiveInt = 12
+
+    @model_validator(mode="after")
+    def _teacher_and_mechanisms(self) -> "StageSpec":
+        if (self.teacher is None) != (not self.mechanisms):
+            raise ValueError("a stage has a teacher and mechanisms, or neither")
+        return self
+
+
+class TrainingSpec(_Spec):
+    """How students are trained: data-parallel workers, the GPUs of each (one if the cluster has any), the seed."""
+
+    workers: PositiveInt = 1
+    gpus: Annotated[float, Field(ge=0)] | None = None
+    cpus: PositiveFloat | None = None
+    seed: int = 0
+
+
+class Recipe(_Spec):
+    """A whole job, from images to a trained student."""
+
+    dataset: DatasetSpec
+    views: ViewsSpec
+    cache: CacheSpec
+    actors: ActorsSpec = ActorsSpec()
+    teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], TeacherSpec] = {}
+    student: StudentSpec
+    stages: Annotated[tuple[StageSpec, ...], Field(min_length=1)]
+    training: TrainingSpec = TrainingSpec()
+    work_dir: str
+
+    @model_validator(mode="after")
+    def _stages_name_teachers(self) -> "Recipe":
+        for number, stage in enumerate(self.stages, start=1):
+            if stage.teacher is not None and stage.teacher not in self.teachers:
+                known = ", ".join(self.teachers) or "none"
+                raise ValueError(f"stages.{number}.teacher: {stage.teacher!r} is not in `teachers` ({known})")
+        if self.student.inherit and self.stages[0].teacher is None:
+            raise ValueError("student.inherit: the first stage has no teacher to inherit from")
+        return self
+
+    @property
+    def policy(self) -> ViewPolicy:
+        """The view policy."""
+        return self.views.policy()
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe. Relative paths in it are relative to the working directory.
+
+    Raises:
+        RecipeError: one line for each fault: file, key, what is wrong, and the value.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from error
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: Any, where: str) -> Recipe:
+    """Check a recipe's content; see `load_recipe`."""
+    if not isinstance(content, Mapping):
+        raise RecipeError(f"{where}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}.")
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_fault(where, fault) for fault in error.errors())) from None
+    local = {
+        name: value for name, value in (("work_dir", recipe.work_dir), ("uri", recipe.cache.uri)) if "://" not in value
+    }
+    absolute = {name: str(Path(value).expanduser().absolute()) for name, value in local.items()}
+    return recipe.model_copy(
+        update={
+            "work_dir": absolute.get("work_dir", recipe.work_dir),
+            "cache": recipe.cache.model_copy(update={"uri": absolute.get("uri", recipe.cache.uri)}),
+        }
+    )
+
+
+def _fault(where: str, fault: Any) -> str:
+    # stages are counted from 1 everywhere the user sees them
+    location = list(fault["loc"])
+    if location[:1] == ["stages"] and len(location) > 1 and isinstance(location[1], int):
+        location[1] += 1
+    key = ".".join(str(part) for part in location if part != "[key]") or "recipe"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "missing":
+        return f"{where}: {key}: required, but missing"
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: {key}: no such key"
+    value = "" if isinstance(fault["input"], Mapping) else f" (got {fault['input']!r})"
+    return f"{where}: {key}: {message}{value}"

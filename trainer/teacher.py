@@ -1,0 +1,165 @@
+"""An mmdet detector as a teacher: targets of a batch, in one forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+
+from cache import FORMAT_VERSION, Detections, GroupInfo, Level, TeacherLoadError, ViewPolicy
+from trainer.capture import captured, flatten, measure_levels
+from trainer.checkpoint import load_strict, sha256
+from trainer.config import load_config, plain
+from trainer.recipe import TeacherSpec
+
+# keys of a detector's config that decide how it is trained or initialised, not what it computes
+_NO_EFFECT = frozenset({"init_cfg", "pretrained", "train_cfg"})
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """Targets of a batch.
+
+    Attributes:
+        features: per level (N, C, h, w), floating point, on the teacher's device.
+        detections: one per image, boxes in pixels of the images given; empty if they were not asked for.
+    """
+
+    features: dict[str, Tensor]
+    detections: list[Detections]
+
+
+class Teacher:
+    """A frozen detector in eval mode, with its own normalisation.
+
+    Args:
+        spec: config, checkpoint, captured modules, levels, autocast.
+        name: the teacher's name in the recipe, for errors.
+        device: where it runs.
+
+    Raises:
+        RecipeError: the config cannot be read.
+        TeacherLoadError: the checkpoint does not fit, or a captured module is no feature map.
+    """
+
+    def __init__(self, spec: TeacherSpec, name: str, device: torch.device | str = "cpu") -> None:
+        self._key = f"teachers.{name}"
+        self._spec = spec
+        self.device = torch.device(device)
+        model = build_model(spec, name)
+        load_strict(model, spec.checkpoint, f"{self._key}.checkpoint")
+        self._model = model.float().to(self.device).eval().requires_grad_(False)
+        self._all_levels = measure_levels(self._model, spec.capture, f"{self._key}.capture")
+        self.levels = select_levels(self._all_levels, spec.levels, f"{self._key}.levels")
+
+    def to(self, device: torch.device) -> None:
+        """Move to another device; nothing happens if it is there."""
+        if device != self.device:
+            self.device = device
+            self._model.to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Tensor], *, detect: bool = True) -> TeacherOutput:
+        """Targets of images of one padded shape.
+
+        Args:
+            images: N tensors (3, h, w), uint8, BGR, any device: views as mmdet loads them, not normalised.
+            detect: run the head too.
+
+        Raises:
+            TeacherLoadError: a map has another size than its level's stride says.
+        """
+        samples = [_sample(image) for image in images]
+        batch = self._model.data_preprocessor(dict(inputs=list(images), data_samples=samples), False)
+        inputs, samples = batch["inputs"], batch["data_samples"]
+        autocast = torch.autocast(
+            self.device.type, _DTYPES.get(self._spec.autocast or ""), enabled=self._spec.autocast is not None
+        )
+        with autocast, captured(self._model, self._spec.capture, self._key) as outputs:
+            if detect:
+                samples = self._model.predict(inputs, samples, rescale=False)
+            else:
+                self._model.extract_feat(inputs)
+        maps = flatten(outputs, self._spec.capture, f"{self._key}.capture")
+        features = {}
+        for level, feature_map in zip(self._all_levels, maps, strict=True):
+            if feature_map.shape[1:] != (level.channels, *level.map_size(*inputs.shape[-2:])):
+                raise TeacherLoadError(
+                    f"{self._key}.capture: level {level.name} is {tuple(feature_map.shape[1:])} for a padded view of "
+                    f"{tuple(inputs.shape[-2:])}, not the ceiling of its stride {level.stride}."
+                )
+            if level in self.levels:
+                features[level.name] = feature_map
+        return TeacherOutput(features, [_detections(sample) for sample in samples] if detect else [])
+
+
+def build_model(spec: TeacherSpec, name: str) -> nn.Module:
+    """The detector of a teacher's config, with random weights."""
+    config = load_config(spec.config, spec.cfg_options, f"teachers.{name}.config")
+    for part in (config.model, config.model.get("backbone", {})):
+        part.pop("init_cfg", None)  # every weight comes from the checkpoint
+    return MODELS.build(config.model)
+
+
+def select_levels(levels: Sequence[Level], names: Sequence[str] | None, key: str) -> tuple[Level, ...]:
+    """The levels that are stored: all of them, or those named.
+
+    Raises:
+        TeacherLoadError: a level that the captured modules do not give.
+    """
+    known = {level.name: level for level in levels}
+    for name in names or ():
+        if name not in known:
+            raise TeacherLoadError(f"{key}: {name!r} is not among the captured levels {', '.join(known)}.")
+    return tuple(levels) if names is None else tuple(known[name] for name in names)
+
+
+def fingerprint_record(spec: TeacherSpec, name: str, policy: ViewPolicy, precision: str) -> dict[str, Any]:
+    """All that decides the value of a target, as plain JSON."""
+    config = load_config(spec.config, spec.cfg_options, f"teachers.{name}.config")
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": plain(config.model, _NO_EFFECT),
+        "checkpoint_sha256": sha256(spec.checkpoint),
+        "capture": list(spec.capture),
+        "levels": None if spec.levels is None else list(spec.levels),
+        "autocast": spec.autocast,
+        "views": policy.to_json(),
+        "precision": precision,
+    }
+
+
+def describe(spec: TeacherSpec, name: str, record: dict[str, Any]) -> GroupInfo:
+    """What a teacher's group will hold: builds the detector with random weights to measure its levels."""
+    model = build_model(spec, name).eval()
+    levels = measure_levels(model, spec.capture, f"teachers.{name}.capture")
+    divisor = getattr(model.data_preprocessor, "pad_size_divisor", 1)
+    levels = select_levels(levels, spec.levels, f"teachers.{name}.levels")
+    return GroupInfo(name, record, levels, record["precision"], divisor)
+
+
+def _sample(image: Tensor) -> DetDataSample:
+    size = tuple(image.shape[-2:])
+    return DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)))
+
+
+def _detections(sample: DetDataSample) -> Detections:
+    found = sample.pred_instances
+    masks = None
+    if "masks" in found:
+        bitmaps = np.asarray(found.masks.cpu() if isinstance(found.masks, Tensor) else found.masks, np.uint8)
+        encoded = coco_mask.encode(np.asfortranarray(bitmaps.transpose(1, 2, 0))) if len(bitmaps) else []
+        masks = tuple(rle["counts"] for rle in encoded)
+    boxes = found.bboxes.tensor if hasattr(found.bboxes, "tensor") else found.bboxes
+    return Detections(
+        boxes.float().cpu().numpy().reshape(-1, 4),
+        found.scores.float().cpu().numpy(),
+        found.labels.cpu().numpy().astype(np.int32),
+        masks,
+    )

@@ -1,0 +1,77 @@
+"""`ApplyView` and `LoadTeacherTargets`: mmdet transforms, usable in any mmdet config."""
+
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import BaseTransform
+from mmdet.datasets.transforms import RandomFlip, Resize
+from mmdet.registry import TRANSFORMS
+
+from cache import TeacherCache, ViewPolicy
+from trainer.targets import TeacherMaps
+
+
+@TRANSFORMS.register_module()
+class ApplyView(BaseTransform):
+    """Make one view of an image and its annotations: the only geometry between file and network, on both sides.
+
+    The view is ``results["view"]``; where that is absent one is drawn at random and set.
+
+    Args:
+        scale: one (long edge, short edge) in pixels, or several.
+        flip: ``both`` or ``none``.
+    """
+
+    def __init__(self, scale: list[Any], flip: str = "both") -> None:
+        scales = [scale] if np.isscalar(scale[0]) else scale
+        self.policy = ViewPolicy(tuple((int(a), int(b)) for a, b in scales), flip)  # type: ignore[arg-type]
+        self._resize = {view.scale: Resize(scale=view.scale, keep_ratio=True) for view in self.policy}
+        self._flip = RandomFlip(prob=1.0, direction="horizontal")
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Resize, then mirror if the view is a mirrored one."""
+        if "view" not in results:
+            results["view"] = int(np.random.randint(len(self.policy)))  # noqa: NPY002 - the generator that mmengine seeds
+        view = self.policy[results["view"]]
+        results = self._resize[view.scale](results)
+        if view.flip:
+            return self._flip(results)
+        results["flip"], results["flip_direction"] = False, None
+        return results
+
+
+@TRANSFORMS.register_module()
+class LoadTeacherTargets(BaseTransform):
+    """Give a packed sample its teacher's features, as stored; they are dequantised on the student's device.
+
+    Goes behind ``PackDetInputs``, whose ``meta_keys`` must include ``view``. The sample gets ``teacher_maps``, a
+    `TeacherMaps`.
+
+    Args:
+        uri: the cache.
+        teacher: the teacher's name.
+        fingerprint: the fingerprint record that is wanted; anything else is refused.
+        levels: levels to read; all by default.
+    """
+
+    def __init__(
+        self, uri: str, teacher: str, fingerprint: dict[str, Any] | None = None, levels: list[str] | None = None
+    ) -> None:
+        self.cache = TeacherCache.open(uri, teacher, fingerprint=fingerprint)
+        self.levels = list(self.cache.levels) if levels is None else levels
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Read one row.
+
+        Raises:
+            MissingRowsError: it is not committed.
+            CorruptShardError: it is damaged.
+        """
+        sample = results["data_samples"]
+        targets = self.cache[sample.img_id, sample.view]
+        # a copy: a view would drag its whole shard along when a loader's worker hands it over
+        results["data_samples"].teacher_maps = TeacherMaps(
+            {name: targets.features[name].clone() for name in self.levels},
+            {name: targets.scales[name].clone() for name in self.levels if name in targets.scales},
+        )
+        return results
