@@ -43,6 +43,15 @@ def differences(stored: Any, wanted: Any, path: str = "") -> Iterator[str]:
     if isinstance(stored, dict) and isinstance(wanted, dict):
         for key in sorted(stored.keys() | wanted.keys()):
             yield from differences(stored.get(key), wanted.get(key), f"{path}.{key}" if path else key)
+    elif (
+        isinstance(stored, list)
+        and isinstance(wanted, list)
+        and len(stored) == len(wanted)
+        and stored
+        and isinstance(stored[0], dict)
+    ):
+        for place, (a, b) in enumerate(zip(stored, wanted, strict=True)):
+            yield from differences(a, b, f"{path}.{place}")
     elif stored != wanted:
         yield f"{path}: was {_short(stored)}, asked for {_short(wanted)}"
 

@@ -1,54 +1,96 @@
 """Weights in and out: loading without running pickled code, strict loading, inheriting, student-only checkpoints."""
 
 import hashlib
+import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
 from cache import TeacherLoadError
 
-# what mmengine's Runner writes beside the weights; anything else in a checkpoint is refused
-_HARMLESS: list[Any] = [
-    HistoryBuffer,
-    np.ndarray,
-    np.dtype,
-    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np._core.multiarray._reconstruct,
-    np._core.multiarray.scalar,
-    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
-]
+# the only names that a checkpoint may bring to life; every other object in it becomes an `_Inert`
+_ALLOWED = frozenset(
+    {
+        ("collections", "OrderedDict"),
+        ("torch", "Size"),
+        ("torch._utils", "_rebuild_parameter"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+    }
+)
+
+
+class _Inert:
+    """Stands for an object of a checkpoint that is no weight: takes everything and does nothing."""
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> "_Inert":
+        return object.__new__(cls)
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+    def __setstate__(self, _state: Any) -> None: ...
+    def __setitem__(self, _key: Any, _value: Any) -> None: ...
+    def append(self, _value: Any) -> None: ...
+    def extend(self, _values: Any) -> None: ...
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> "_Inert":
+        return self
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class _WeightsUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED or (module == "torch" and _is_data(getattr(torch, name, None))):
+            return super().find_class(module, name)
+        return _Inert
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, torch.dtype) or (isinstance(value, type) and value.__name__.endswith("Storage"))
+
+
+# what torch.load takes for the pickle module
+_WEIGHTS_PICKLE = SimpleNamespace(
+    Unpickler=_WeightsUnpickler,
+    load=lambda file, **options: _WeightsUnpickler(file, **options).load(),
+    __name__="weights",
+)
 
 
 def read_weights(path: str | Path, key: str) -> "OrderedDict[str, Tensor]":
-    """The state dict of a checkpoint, on the CPU. No pickled code is run.
+    """The state dict of a checkpoint, on the CPU. No code from the file is run, whatever else it holds.
+
+    torch's own ``weights_only`` refuses the checkpoints of mmengine's Runner for the training history in them; here
+    such objects are passed over instead.
 
     Args:
         path: what mmengine's Runner, ``torch.save(model.state_dict())`` or this project wrote.
         key: the recipe's key, for errors.
 
     Raises:
-        TeacherLoadError: not a checkpoint, or one that holds more than tensors and plain values.
+        TeacherLoadError: not a checkpoint, or one without weights.
     """
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        reason = str(error).splitlines()[-1] if str(error) else repr(error)
-        raise TeacherLoadError(
-            f"{key}: {path}: holds more than weights, and loading it would run code from the file. If you trust it, "
-            "load it once with torch.load(..., weights_only=False) and save its 'state_dict' alone. "
-            f"torch says: {reason}"
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_WEIGHTS_PICKLE)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise TeacherLoadError(f"{key}: {path}: not a readable checkpoint ({error}).") from error
     weights = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from mmdet.registry import MODELS
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
@@ -122,7 +123,10 @@ class _Preprocessor(nn.Module):
 
 def _live(spec: dict[str, Any]) -> Teacher:
     name = spec["name"]
-    return Teacher(TeacherSpec.model_validate({key: value for key, value in spec.items() if key != "name"}), name)
+    arguments = {key: value for key, value in spec.items() if key != "name"}
+    # the weights that it is built with, before its own are loaded, must not shift the student's random numbers
+    with torch.random.fork_rng():
+        return Teacher(TeacherSpec.model_validate(arguments), name)
 
 
 def _names(mechanisms: Sequence[dict[str, Any]]) -> list[str]:

@@ -242,15 +242,15 @@ def parse_recipe(content: Any, where: str) -> Recipe:
 
 
 def _fault(where: str, fault: Any) -> str:
-    # stages are counted from 1 everywhere the user sees them
-    location = list(fault["loc"])
-    if location[:1] == ["stages"] and len(location) > 1 and isinstance(location[1], int):
-        location[1] += 1
-    key = ".".join(str(part) for part in location if part != "[key]") or "recipe"
+    # stages and their mechanisms are counted from 1 everywhere the user sees them
+    first = 1 if fault["loc"][:1] == ("stages",) else 0
+    location = [part + first if isinstance(part, int) else str(part) for part in fault["loc"] if part != "[key]"]
+    key = ".".join(str(part) for part in location)
+    where = f"{where}: {key}" if key else where
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
-        return f"{where}: {key}: required, but missing"
+        return f"{where}: required, but missing"
     if fault["type"] == "extra_forbidden":
-        return f"{where}: {key}: no such key"
+        return f"{where}: no such key"
     value = "" if isinstance(fault["input"], Mapping) else f" (got {fault['input']!r})"
-    return f"{where}: {key}: {message}{value}"
+    return f"{where}: {message}{value}"

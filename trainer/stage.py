@@ -1,5 +1,6 @@
 """A recipe's stage -> an ordinary mmengine config -> a Runner -> a checkpoint of the student alone, and its AP."""
 
+import copy
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ TargetSource = Literal["cache", "online"]
 _LOADING = ("LoadImageFromFile", "LoadAnnotations", "FilterAnnotations")
 _CLIP_NORM = 35.0
 _WARM_UP_SHARE = 0.1
+_BEGUN = "stage.json"
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ def train_stage(
     if done is not None:
         return done
     folder = stage_dir(recipe, stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / _BEGUN, plain(cfg.to_dict()))
     cfg.launcher = launcher
     if find_latest_checkpoint(str(folder)) is not None:
         cfg.resume = True
@@ -183,10 +187,10 @@ def teacher_info(recipe: Recipe, name: str) -> GroupInfo:
 
 
 def _set_data(cfg: Config, recipe: Recipe, train: Annotations, cached: GroupInfo | None) -> None:
-    dataset = next((d for d in nested(plain_dict(cfg.train_dataloader.dataset)) if "ann_file" in d), None)
+    dataset = next((d for d in nested(_plain_dict(cfg.train_dataloader.dataset)) if "ann_file" in d), None)
     if dataset is None:
         raise RecipeError("student.config: train_dataloader.dataset has no data set with an ann_file.")
-    transforms = [t for d in nested(plain_dict(cfg.train_dataloader.dataset)) for t in d.get("pipeline", ())]
+    transforms = [t for d in nested(_plain_dict(cfg.train_dataloader.dataset)) for t in d.get("pipeline", ())]
     kept = {t["type"]: t for t in transforms if t["type"] in _LOADING}
     load_annotations = kept.get("LoadAnnotations", dict(type="LoadAnnotations", with_bbox=True))
     if load_annotations.get("with_mask") and not train.has_masks:
@@ -221,7 +225,7 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, cached: GroupInfo
     largest = max(recipe.views.scale, key=lambda scale: scale[0] * scale[1])
     for loader in (cfg.val_dataloader, cfg.test_dataloader):
         test_pipeline = [
-            dict(t) for t in next(d["pipeline"] for d in nested(plain_dict(loader.dataset)) if "pipeline" in d)
+            dict(t) for t in next(d["pipeline"] for d in nested(_plain_dict(loader.dataset)) if "pipeline" in d)
         ]
         for transform in test_pipeline:
             if transform["type"] == "Resize":
@@ -288,7 +292,7 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, info: GroupInfo | None, 
 
 def _student_config(cfg: Config) -> Config:
     """The student's config on its own: what stock mmdet loads the student's checkpoint with."""
-    alone = Config(plain_dict(cfg))
+    alone = Config(_plain_dict(cfg))
     alone.model = alone.model.student
     for key in ("custom_imports", "custom_hooks", "launcher"):
         alone.pop(key, None)
@@ -300,7 +304,7 @@ def _student_config(cfg: Config) -> Config:
 def _refuse_missing_rows(recipe: Recipe, cfg: Config) -> None:
     transform = next(
         t
-        for d in nested(plain_dict(cfg.train_dataloader))
+        for d in nested(_plain_dict(cfg.train_dataloader))
         for t in d.get("pipeline", ())
         if t["type"] == "LoadTeacherTargets"
     )
@@ -319,19 +323,15 @@ def _refuse_missing_rows(recipe: Recipe, cfg: Config) -> None:
 
 def _refuse_other_recipe(folder: Path, cfg: Config) -> None:
     """A folder goes on with the stage that began in it, and with no other."""
-    file = folder / "stage.json"
-    wanted = json.loads(json.dumps(plain(cfg)))
-    if file.exists():
-        begun = json.loads(file.read_text())
-        if differing := list(differences(begun, wanted)):
-            shown = "\n  ".join(differing[:8])
-            raise RecipeError(
-                f"work_dir: {folder} holds a stage that was begun with another recipe:\n  {shown}\nChoose another work_dir, "
-                "or delete that folder to begin again."
-            )
+    file = folder / _BEGUN
+    if not file.exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(file, wanted)
+    if differing := list(differences(json.loads(file.read_text()), plain(cfg.to_dict()))):
+        shown = "\n  ".join(differing[:8])
+        raise RecipeError(
+            f"work_dir: {folder} holds a stage that was begun with another recipe:\n  {shown}\nChoose another work_dir, "
+            "or delete that folder to begin again."
+        )
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -340,9 +340,9 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
-def plain_dict(config: Any) -> Any:
-    """A config as plain dicts and lists, a copy."""
-    return plain(config.to_dict() if hasattr(config, "to_dict") else config)
+def _plain_dict(config: Any) -> Any:
+    """A config as plain dicts, a copy; tuples stay, for some of mmdet's transforms take no list."""
+    return copy.deepcopy(config.to_dict())
 
 
 @HOOKS.register_module()

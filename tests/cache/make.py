@@ -1,0 +1,86 @@
+"""Small caches without any detector: targets drawn from a generator seeded by image and view."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from cache import (
+    Detections,
+    GroupInfo,
+    Images,
+    Index,
+    Level,
+    LocalStorage,
+    Plan,
+    RowTargets,
+    Unit,
+    ViewPolicy,
+    encode,
+    existing_slots,
+    make_plan,
+    prepare,
+    read_table,
+    write_unit,
+)
+
+POLICY = ViewPolicy(((64, 48),), "both")
+LEVELS = (Level("P3", 4, 8), Level("P4", 3, 16))
+
+
+def info(teacher: str = "t", precision: str = "int8", **record: object) -> GroupInfo:
+    return GroupInfo(teacher, {"precision": precision, "model": {"depth": 18}, **record}, LEVELS, precision, 32)  # type: ignore[arg-type]
+
+
+def images(count: int, first_id: int = 1) -> Images:
+    """Landscape, portrait and square images in turn: three buckets."""
+    sizes = np.array([(64, 48), (48, 64), (50, 50)])[np.arange(count) % 3]
+    ids = np.arange(first_id, first_id + count)
+    return Images(ids, sizes[:, 0], sizes[:, 1], [f"{i}.jpg" for i in ids])
+
+
+def features(image_id: int, view: int, level: Level, height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(image_id * 100 + view)
+    return torch.randn(1, level.channels, *level.map_size(height, width), generator=generator)
+
+
+def targets(group: GroupInfo, unit: Unit, skip: Iterable[int] = ()) -> list[RowTargets]:
+    height, width = (int(v) for v in unit.bucket.split("x"))
+    result = []
+    for row in unit.rows:
+        if row.image_id in skip:
+            continue
+        encoded = {
+            l.name: encode(features(row.image_id, row.view, l, height, width), group.precision) for l in group.levels
+        }
+        k = row.image_id % 3
+        detections = Detections(
+            np.full((k, 4), row.image_id, np.float32), np.full(k, 0.5, np.float32), np.full(k, row.view, np.int32)
+        )
+        result.append(
+            RowTargets(
+                row,
+                {n: e.values[0].numpy() for n, e in encoded.items()},
+                {n: e.scales[0].numpy() for n, e in encoded.items() if e.scales is not None},
+                {n: float(e.snr[0]) for n, e in encoded.items()},
+                detections,
+                row.image_id % 2**32,
+            )
+        )
+    return result
+
+
+def plan(storage: LocalStorage, group: GroupInfo, wanted: Images, unit_rows: int | None = 4) -> Plan:
+    committed = Index(read_table(storage, group.name, group.levels))
+    return make_plan(
+        wanted, POLICY, group, committed=committed, existing_slots=existing_slots(storage, group), unit_rows=unit_rows
+    )
+
+
+def fill(storage: LocalStorage, group: GroupInfo, wanted: Images, *, skip: Iterable[int] = ()) -> Plan:
+    """Precompute everything that is missing."""
+    made = plan(storage, group, wanted)
+    prepare(storage, made)
+    for unit in made.units():
+        write_unit(storage, group, unit, targets(group, unit, skip))
+    return made

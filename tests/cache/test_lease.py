@@ -1,0 +1,71 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cache import Lease, LeaseHeldError, LocalStorage
+from cache.layout import LEASE
+
+
+def test_a_second_writer_is_told_who_holds_the_lease_and_may_follow(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    with Lease(storage, "g"):
+        with pytest.raises(LeaseHeldError, match=f"process {os.getpid()}"), Lease(storage, "g"):
+            pass
+        with Lease(storage, "h"):
+            pass
+    with Lease(storage, "g"):
+        pass
+    assert not storage.exists(f"g/{LEASE}")
+
+
+def test_the_lease_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from cache import Lease, LocalStorage\n"
+        "with Lease(LocalStorage(Path(sys.argv[1])), 'g'): print('held', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"held\n"
+    with pytest.raises(LeaseHeldError, match=f"process {child.pid}"), Lease(LocalStorage(tmp_path), "g"):
+        pass
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    started = time.monotonic()
+    with Lease(LocalStorage(tmp_path), "g", seconds=60):
+        assert time.monotonic() - started < 10
+
+
+def test_another_machines_lease_is_taken_only_after_it_was_not_renewed(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    # its clock says next year: no clock is believed, only the absence of a renewal
+    holder = {"run": "x", "host": "elsewhere", "pid": 1, "started": "", "since": 0, "renewed": time.time() + 3e7}
+    storage.write(f"g/{LEASE}", [json.dumps(holder).encode()])
+    started = time.monotonic()
+    with Lease(storage, "g", seconds=1.0):
+        assert time.monotonic() - started >= 1.0
+
+
+def test_another_machines_live_lease_is_respected(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    with Lease(storage, "g", seconds=0.6) as lease:
+        # the same lease as seen from another machine
+        lease._me.__dict__["host"] = "elsewhere"
+        time.sleep(0.5)
+        with pytest.raises(LeaseHeldError, match="elsewhere"), Lease(storage, "g", seconds=3.0):
+            pass
+
+
+def test_a_run_that_lost_its_lease_stops_and_leaves_the_new_holders_alone(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    with Lease(storage, "g", seconds=0.3) as lease:
+        storage.write(f"g/{LEASE}", [b'{"host": "thief", "pid": 7}'])
+        time.sleep(0.4)
+        with pytest.raises(LeaseHeldError, match="thief"):
+            lease.check()
+    assert json.loads(storage.read(f"g/{LEASE}"))["host"] == "thief"

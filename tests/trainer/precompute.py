@@ -1,0 +1,29 @@
+"""A precompute in this process, without ray: the same units, the same computation, the same writer."""
+
+from cache import Index, Lease, compact, existing_slots, make_plan, open_storage, prepare, read_table, write_unit
+from trainer import Recipe, Teacher, UnitComputer, read_annotations, teacher_info
+
+
+def fill(recipe: Recipe, name: str) -> list:
+    """Compute what is missing. Returns the failures."""
+    info, storage, spec = teacher_info(recipe, name), open_storage(recipe.cache.uri), recipe.teachers[name]
+    images = read_annotations(recipe.dataset.train.ann_file, "test").images
+    failures = []
+    with Lease(storage, info.name):
+        plan = make_plan(
+            images,
+            recipe.policy,
+            info,
+            committed=Index(read_table(storage, info.name, info.levels)),
+            existing_slots=existing_slots(storage, info),
+            unit_rows=recipe.cache.unit_rows,
+        )
+        prepare(storage, plan)
+        computer = UnitComputer(Teacher(spec, name), info, recipe.policy, recipe.dataset.train.img_dir, spec.batch_size)
+        for unit in plan.units():
+            targets, failed = computer.run(unit)
+            failures += failed
+            if targets:
+                write_unit(storage, info, unit, targets)
+        compact(storage, info.name, info.levels)
+    return failures

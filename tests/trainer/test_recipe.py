@@ -1,0 +1,74 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cache import RecipeError
+from tests import models
+from trainer import load_recipe, parse_recipe
+
+
+def edited(content: dict, key: str, value: object) -> dict:
+    *path, last = key.split(".")
+    target = content
+    for part in path:
+        target = target[int(part) - 1] if isinstance(target, list) else target[part]
+    target[last] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("dataset.train.ann_file", "nowhere.json", r"dataset\.train\.ann_file: no such file: .*nowhere\.json"),
+        ("dataset.val.img_dir", "nowhere", r"dataset\.val\.img_dir: no such folder"),
+        ("views.flip", "vertical", r"views\.flip: .*'both' or 'none'.*got 'vertical'"),
+        ("views.scale", [0, 800], r"views\.scale\.0\.0: .*greater than 0.*got 0"),
+        ("cache.precision", "int3", r"cache\.precision: .*'float16' or 'int8'.*got 'int3'"),
+        ("teachers.small.config", "mmdet.py", r"teachers\.small\.config: no such config file"),
+        ("teachers.small.checkpoint", "x.pth", r"teachers\.small\.checkpoint: no such file"),
+        ("teachers.small.autocast", "int8", r"teachers\.small\.autocast: .*'bfloat16' or 'float16'"),
+        ("stages.2.teacher", "swim", r"stages\.2\.teacher: 'swim' is not in `teachers` \(small, swin\)"),
+        ("stages.1.epochs", 0, r"stages\.1\.epochs: .*greater than 0"),
+        ("stages.1.mechanisms", [{"type": "PKD"}], r"stages\.1\.mechanisms\.1: type 'PKD' is not a mechanism"),
+        ("stages.1.mechanisms", [], r"stages\.1: a stage has a teacher and mechanisms, or neither"),
+        ("stages.1.epoch", 3, r"stages\.1\.epoch: no such key"),
+        ("student", {}, r"student\.config: required, but missing"),
+        ("actors", {"min": 3, "max": 2}, r"actors: min 3 is more than max 2"),
+    ],
+)
+def test_each_fault_names_file_key_and_value(
+    data: Path, tmp_path: Path, key: str, value: object, expected: str
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(edited(models.recipe(data, tmp_path), key, value)))
+    with pytest.raises(RecipeError, match=f"^{file}: {expected}"):
+        load_recipe(file)
+
+
+def test_all_faults_are_told_at_once(data: Path, tmp_path: Path) -> None:
+    content = edited(edited(models.recipe(data, tmp_path), "views.flip", "x"), "stages.1.epochs", -1)
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(content, "r")
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["a: [", "just text", ""])
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=str(file)):
+        load_recipe(file)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_one_scale_or_several_and_paths_made_absolute(data: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = models.recipe(data, tmp_path)
+    content["cache"]["uri"], content["work_dir"] = "c", "w"
+    one = parse_recipe(content, "r")
+    assert one.views.scale == ((128, 96),)
+    assert (one.cache.uri, one.work_dir) == (str(tmp_path / "c"), str(tmp_path / "w"))
+    content["views"]["scale"] = [[128, 96], [96, 64]]
+    assert len(parse_recipe(content, "r").policy) == 4

@@ -1,0 +1,176 @@
+"""Stages in this process, without ray: cached against online, hand-over, resume, what stock mmdet makes of the result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mmdet.apis import inference_detector, init_detector
+from mmengine.runner import Runner
+
+from cache import MissingRowsError, RecipeError, StaleCacheError
+from tests import models
+from tests.trainer import precompute
+from trainer import parse_recipe, stage_config, stage_dir, train_stage
+from trainer.checkpoint import read_weights
+
+TOLERANCE = 2e-3  # relative; float16 keeps 11 bits of each feature, and an optimiser step adds to the difference
+
+
+def losses(recipe, stage: int, source: str, steps: int) -> list[dict[str, float]]:
+    cfg = stage_config(recipe, stage, source)
+    cfg.work_dir = f"{recipe.work_dir}-{source}"
+    runner = Runner.from_cfg(cfg)
+    torch.manual_seed(0)
+    runner.model.init_weights()
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.model.train()
+    loader = runner.build_dataloader(cfg.train_dataloader, seed=0)
+    torch.manual_seed(1)
+    result, shapes = [], set()
+    for data in loader:
+        shapes.add(tuple(sample.img_shape for sample in data["data_samples"]))
+        logs = runner.model.train_step(data, runner.optim_wrapper)
+        result.append({key: float(value) for key, value in logs.items()})
+        if len(result) == steps:
+            break
+    assert any(len(set(batch)) > 1 for batch in shapes), "no batch mixes shapes; the test would show little"
+    return result
+
+
+@pytest.mark.parametrize("mechanism", ["FeatureMatchingLoss", "PKDLoss", "MGDLoss"])
+def test_cached_and_online_losses_agree_on_mixed_shapes(data: Path, tmp_path: Path, mechanism: str) -> None:
+    stages = [{"teacher": "swin", "mechanisms": [{"type": mechanism, "loss_weight": 0.01}], "epochs": 1}]
+    recipe = parse_recipe(models.recipe(data, tmp_path, stages=stages), "test")
+    precompute.fill(recipe, "swin")
+    cached, online = (losses(recipe, 1, source, 4) for source in ("cache", "online"))
+    for step, (a, b) in enumerate(zip(cached, online, strict=True)):
+        assert a.keys() == b.keys()
+        assert f"loss_{mechanism}" in a
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=TOLERANCE), f"step {step}: {key}"
+    # the control: the losses of another view would not pass
+    assert cached[0][f"loss_{mechanism}"] != pytest.approx(cached[1][f"loss_{mechanism}"], rel=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Two stages of a mask student from two teachers."""
+    folder = tmp_path_factory.mktemp("trained")
+    content = models.recipe(data, folder, student="mask-rcnn-r18")
+    content["student"]["inherit"] = True
+    content["stages"][0]["teacher"] = "mask"
+    content["teachers"]["mask"] = models.teacher("mask-rcnn-swin", data)
+    recipe = parse_recipe(content, "test")
+    for name in ("mask", "swin"):
+        precompute.fill(recipe, name)
+    return recipe, [train_stage(recipe, stage) for stage in (1, 2)]
+
+
+def test_each_stage_evaluates_boxes_and_masks(trained) -> None:
+    _, results = trained
+    for result in results:
+        assert 0 <= result.metrics["bbox_mAP"] <= 1
+        assert 0 <= result.metrics["segm_mAP"] <= 1
+        assert result.teacher_forwards == 0
+        assert result.images == 20 - _empty(trained[0])
+
+
+def _empty(recipe) -> int:
+    content = json.loads(Path(recipe.dataset.train.ann_file).read_text())
+    return len(content["images"]) - len({a["image_id"] for a in content["annotations"]})
+
+
+def test_stock_mmdet_loads_the_students_checkpoint_with_no_key_missing_or_unexpected(
+    trained, data: Path, capsys
+) -> None:
+    recipe, results = trained
+    student = Path(results[1].student)
+    model = init_detector(str(student.with_name("student.py")), str(student), device="cpu")
+    assert "unexpected key" not in (printed := capsys.readouterr().out)
+    assert "missing keys" not in printed
+    assert set(model.state_dict()) == set(read_weights(student, "test"))
+    assert model.dataset_meta["classes"][0] == "disc"
+    result = inference_detector(model, next(iter((data / "val").iterdir())).as_posix())
+    assert result.pred_instances.masks is not None
+
+
+def test_a_stage_begins_with_the_weights_of_the_one_before_and_nothing_else(trained) -> None:
+    recipe, results = trained
+    cfg = stage_config(recipe, 2)
+    cfg.work_dir = f"{recipe.work_dir}-begin"
+    runner = Runner.from_cfg(cfg)
+    runner.model.init_weights()
+    first = read_weights(results[0].student, "test")
+    begun = runner.model.student.state_dict()
+    assert all(torch.equal(begun[key], value) for key, value in first.items())
+    assert cfg.model.get("inherit_from") is None
+    assert stage_config(recipe, 1).model.inherit_from == recipe.teachers["mask"].checkpoint
+
+
+def test_a_stage_that_is_done_is_not_trained_again_and_another_recipe_is_refused(trained) -> None:
+    recipe, results = trained
+    before = Path(results[0].student).stat().st_mtime_ns
+    assert train_stage(recipe, 1) == results[0]
+    assert Path(results[0].student).stat().st_mtime_ns == before
+    longer = recipe.model_copy(
+        update={"stages": (recipe.stages[0].model_copy(update={"epochs": 3}), *recipe.stages[1:])}
+    )
+    with pytest.raises(RecipeError, match=r"(?s)begun with another recipe:.*train_cfg\.max_epochs: was 1, asked for 3"):
+        train_stage(longer, 1)
+
+
+def test_what_is_not_in_the_cache_stops_a_stage_before_it_begins(data: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe(models.recipe(data, tmp_path), "test")
+    with pytest.raises(MissingRowsError, match="no targets of teacher 'small'"):
+        train_stage(recipe, 1)
+    precompute.fill(recipe, "small")
+    other = parse_recipe({**models.recipe(data, tmp_path), "views": {"scale": [96, 64]}}, "test")
+    with pytest.raises(StaleCacheError, match=r"views\.scale: was \[\[128, 96\]\], asked for \[\[96, 64\]\]"):
+        train_stage(other, 1)
+    with pytest.raises(RecipeError, match="stage 2: stage 1 is not done"):
+        train_stage(recipe, 2)
+
+
+def test_the_schedule_is_the_students_own_stretched_to_the_stage(data: Path, tmp_path: Path) -> None:
+    content = models.recipe(data, tmp_path)
+    content["stages"][0]["epochs"] = 24
+    cfg = stage_config(parse_recipe(content, "test"), 1)
+    warm_up, steps = cfg.param_scheduler
+    assert steps.milestones == [16, 22]
+    assert steps.end == cfg.train_cfg.max_epochs == 24
+    assert warm_up.end == 24 * 5 // 10  # the config's 500 iterations are more than a tenth of these 120
+    assert cfg.optim_wrapper.clip_grad.max_norm == 35
+
+
+def test_a_stage_killed_and_started_again_ends_as_an_undisturbed_one(data: Path, tmp_path: Path) -> None:
+    stages = [{"teacher": "small", "mechanisms": [{"type": "MGDLoss", "loss_weight": 1e-3}], "epochs": 6}]
+    contents = [models.recipe(data, tmp_path / name, stages=stages) for name in ("whole", "killed")]
+    contents[1]["cache"] = contents[0]["cache"]
+    contents[0]["student"]["cfg_options"]["train_cfg.val_interval"] = 6
+    contents[1]["student"]["cfg_options"]["train_cfg.val_interval"] = 6
+    whole, killed = (parse_recipe(content, "test") for content in contents)
+    precompute.fill(whole, "small")
+    expected = train_stage(whole, 1)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(contents[1]))
+    code = "import sys; from trainer import load_recipe, train_stage; train_stage(load_recipe(sys.argv[1]), 1)"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    folder = stage_dir(killed, 1)
+    while not (folder / "epoch_2.pth").exists() and child.poll() is None:
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, "it was done before it could be killed"
+    assert not (folder / "result.json").exists()
+    result = train_stage(killed, 1)
+    assert result.metrics == expected.metrics
+    a, b = (read_weights(r.student, "test") for r in (expected, result))
+    assert all(torch.equal(a[key], b[key]) for key in a)
