@@ -10,10 +10,8 @@ import ray
 import torch
 
 from cache import GroupInfo, Unit, ViewPolicy, open_storage, write_unit
+from services.pool import PIPELINE_DEPTH
 from trainer import Failure, Teacher, TeacherSpec, UnitComputer
-
-# one unit decodes while the one before is on the device and the one before that is written
-PIPELINE_DEPTH = 3
 
 
 @dataclass(frozen=True)

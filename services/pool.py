@@ -10,8 +10,9 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from cache import MtpdError, Unit
-from services.actor import PIPELINE_DEPTH, UnitRecord
 
+# one unit decodes while the one before is on the device and the one before that is written
+PIPELINE_DEPTH = 3
 _MAX_TRIES = 3
 _PLACEMENT_NOTICE_SECONDS = 30.0
 
@@ -53,12 +54,13 @@ class Pool:
         self._workers = [self._start() for _ in range(actors)]
         self.begun: float | None = None
         self._tries: Counter[str] = Counter()
+        self._suspects: set[str] = set()
         self._fruitless_deaths = 0
         self._finished = 0
         self._set_aside = 0
 
-    def run(self, units: Iterable[Unit]) -> Iterator[UnitRecord | SetAside]:
-        """Hand out the units and yield each one's outcome as it comes.
+    def run(self, units: Iterable[Unit]) -> Iterator[Any]:
+        """Hand out the units and yield each one's outcome as it comes: what ``run`` returned, or `SetAside`.
 
         Raises:
             MtpdError: an actor met an error of the user's; the rest is not tried.
@@ -103,11 +105,15 @@ class Pool:
         # one unit to each before a second to any: the last units of a run are spread over all actors
         for depth in range(1, PIPELINE_DEPTH + 1):
             for worker in ready:
-                if queue and len(worker.held) < depth:
+                if queue and len(worker.held) < depth and self._may_hold(worker, queue[0]):
                     unit = queue.popleft()
                     worker.held[worker.actor.run.remote(unit)] = unit
 
-    def _collect(self, reference: Any, queue: deque[Unit]) -> UnitRecord | SetAside | None:
+    def _may_hold(self, worker: _Worker, unit: Unit) -> bool:
+        """A unit that was held by an actor that died is tried alone: if that dies too, it is known who did it."""
+        return not worker.held or not (self._suspects & {unit.name, *(held.name for held in worker.held.values())})
+
+    def _collect(self, reference: Any, queue: deque[Unit]) -> Any:
         worker = next((w for w in self._workers if reference is w.loading or reference in w.held), None)
         if worker is None:
             return None  # of an actor that died in this same round
@@ -126,28 +132,31 @@ class Pool:
             return None
         self._fruitless_deaths = 0
         self._finished += 1
-        del worker.held[reference]
+        self._suspects.discard(worker.held.pop(reference).name)
         return result
 
     def _replace(self, worker: _Worker, queue: deque[Unit], error: RayActorError) -> SetAside | None:
         self._fruitless_deaths += 1
-        if self._fruitless_deaths > _MAX_TRIES * len(self._workers):
+        if self._fruitless_deaths > (_MAX_TRIES + 1) * len(self._workers):
             raise MtpdError(
                 f"teacher actors keep dying before they finish a unit; the last time: {_last_line(error)}. Often this is "
                 "memory: lower teachers.NAME.batch_size or actors.max, and run `mtpd precompute` again; what was "
                 "committed stays."
             ) from error
-        self._notice(f"a teacher actor died; {len(worker.held)} units go back to the queue")
+        held = list(worker.held.values())
+        self._notice(f"a teacher actor died; {len(held)} units go back to the queue")
         self._workers[self._workers.index(worker)] = self._start()
-        # the unit handed out first was on the device: only it can have killed the actor
-        suspect, *others = worker.held.values() or [None]
-        queue.extendleft(reversed(others))
-        return None if suspect is None else self._try_again(suspect, queue, "the actor that computed it died")
+        if len(held) == 1:
+            return self._try_again(held[0], queue, "the actor that computed it died")
+        self._suspects |= {unit.name for unit in held}
+        queue.extend(held)
+        return None
 
     def _try_again(self, unit: Unit, queue: deque[Unit], reason: str) -> SetAside | None:
         self._tries[unit.name] += 1
         if self._tries[unit.name] >= _MAX_TRIES:
             self._set_aside += 1
+            self._fruitless_deaths = 0
             if self._set_aside >= _MAX_TRIES and not self._finished:
                 raise MtpdError(f"every unit fails, the first {self._set_aside} on all {_MAX_TRIES} tries: {reason}")
             return SetAside(unit, f"{reason} ({_MAX_TRIES} tries)")
@@ -157,4 +166,4 @@ class Pool:
 
 def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else repr(error)
+    return (lines[-1] if lines else repr(error))[:300]

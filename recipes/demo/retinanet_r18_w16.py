@@ -13,3 +13,14 @@ model = dict(
         anchor_generator=dict(octave_base_scale=2),
     ),
 )
+
+train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False)
+val_dataloader = dict(num_workers=0, persistent_workers=False)
+train_cfg = dict(val_interval=12)
+# trained from random weights, where the 1x recipe's SGD needs far more iterations
+optim_wrapper = dict(
+    _delete_=True,
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+)

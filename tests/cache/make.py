@@ -51,7 +51,8 @@ def targets(group: GroupInfo, unit: Unit, skip: Iterable[int] = ()) -> list[RowT
         if row.image_id in skip:
             continue
         encoded = {
-            l.name: encode(features(row.image_id, row.view, l, height, width), group.precision) for l in group.levels
+            level.name: encode(features(row.image_id, row.view, level, height, width), group.precision)
+            for level in group.levels
         }
         k = row.image_id % 3
         detections = Detections(

@@ -10,9 +10,18 @@ import tensorstore
 import torch
 import zarr
 
-from cache import CorruptShardError, GroupInfo, Index, LocalStorage, MissingRowsError, StaleCacheError, TeacherCache
+from cache import (
+    CorruptShardError,
+    GroupInfo,
+    Index,
+    LocalStorage,
+    MissingRowsError,
+    StaleCacheError,
+    TeacherCache,
+    decode,
+    encode,
+)
 from cache import compact as compact_manifest
-from cache import decode, encode
 from tests.cache import make
 
 

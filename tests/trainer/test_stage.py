@@ -90,7 +90,7 @@ def _empty(recipe) -> int:
 def test_stock_mmdet_loads_the_students_checkpoint_with_no_key_missing_or_unexpected(
     trained, data: Path, capsys
 ) -> None:
-    recipe, results = trained
+    _, results = trained
     student = Path(results[1].student)
     model = init_detector(str(student.with_name("student.py")), str(student), device="cpu")
     assert "unexpected key" not in (printed := capsys.readouterr().out)

@@ -1,0 +1,78 @@
+"""The command line: exit codes and messages, in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from tests import models
+
+
+def mtpd(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("mtpd")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=300)
+
+
+def write(content: dict, folder: Path) -> str:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return str(file)
+
+
+def test_plan_prints_exact_numbers_and_writes_nothing(data: Path, tmp_path: Path) -> None:
+    file = write(models.recipe(data, tmp_path), tmp_path)
+    result = mtpd("plan", file, "--json")
+    assert result.returncode == 0, result.stderr
+    plans = json.loads(result.stdout)
+    assert [p["teacher"] for p in plans] == ["small", "swin"]
+    for plan in plans:
+        assert (plan["images"], plan["views"], plan["rows"], plan["rows_to_compute"]) == (20, 2, 40, 40)
+        assert sum(b["rows"] for b in plan["buckets"]) == 40
+        assert sum(b["bytes"] for b in plan["buckets"]) == plan["bytes"]
+        assert len(plan["buckets"]) >= 3
+        # 128 x 96 float16: 16 channels of 12 x 16 at P3
+        landscape = next(b for b in plan["buckets"] if b["name"] == "96x128")
+        assert landscape["unit_rows"] == 4
+        assert sum(plan["level_bytes"].values()) < plan["bytes"]
+    assert not (tmp_path / "cache").exists()
+    text = mtpd("plan", file)
+    assert text.returncode == 0
+    assert "96x128" in text.stdout
+    assert "20 images x 2 views = 40 rows, 40 to compute" in text.stdout
+
+
+def test_a_fault_of_the_user_is_one_message_and_exit_code_1(data: Path, tmp_path: Path) -> None:
+    content = models.recipe(data, tmp_path)
+    content["stages"][0]["teacher"] = "nobody"
+    result = mtpd("precompute", write(content, tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {tmp_path}/recipe.yaml: stages.1.teacher: 'nobody'")
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_wrong_usage_is_exit_code_2() -> None:
+    assert mtpd("train").returncode == 2
+    assert mtpd("nonsense").returncode == 2
+
+
+def test_a_teacher_or_stage_that_does_not_exist(data: Path, tmp_path: Path) -> None:
+    file = write(models.recipe(data, tmp_path), tmp_path)
+    result = mtpd("plan", file, "--teacher", "nobody")
+    assert result.returncode == 1
+    assert "--teacher nobody: not in `teachers` (small, swin)" in result.stderr
+    result = mtpd("config", file, "--stage", "3")
+    assert result.returncode == 1
+    assert "has 2 stages" in result.stderr
+
+
+def test_the_resolved_config_is_one_that_mmengine_reads(data: Path, tmp_path: Path) -> None:
+    from mmengine.config import Config
+
+    result = mtpd("config", write(models.recipe(data, tmp_path), tmp_path), "--stage", "1")
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "stage.py").write_text(result.stdout)
+    cfg = Config.fromfile(tmp_path / "stage.py")
+    assert cfg.model.type == "Distiller"
+    assert [t.type for t in cfg.train_dataloader.dataset.dataset.pipeline][-1] == "LoadTeacherTargets"
