@@ -33,9 +33,10 @@ $(DONE)/mmdet: $(DONE)/torch
 	$(PIP) --no-build-isolation onedl-mmdetection
 	touch $@
 
+# compat: a path entry, so that a folder named `cache` where a command is run does not hide the package `cache`;
 # opencv-python, which mmcv asks for, needs a display's libraries; the headless build of the same version does not
 $(DONE)/project: $(DONE)/mmdet pyproject.toml
-	$(PIP) --no-build-isolation --editable ".[dev]"
+	$(PIP) --no-build-isolation --config-settings editable_mode=compat --editable ".[dev]"
 	$(BIN)/pip uninstall --quiet --yes opencv-python opencv-python-headless
 	$(PIP) --no-deps opencv-python-headless
 	touch $@

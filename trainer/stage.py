@@ -139,7 +139,7 @@ def train_stage(
         stage=stage,
         teacher=recipe.stages[stage - 1].teacher,
         epochs=recipe.stages[stage - 1].epochs,
-        metrics=record.metrics or {},
+        metrics=_nothing_found(cfg) | (record.metrics or {}),
         seconds=record.seconds_before + time.monotonic() - started,
         images=recipe.stages[stage - 1].epochs * len(runner.train_dataloader.dataset.dataset),
         teacher_forwards=record.forwards_before + distiller.teacher_forwards * runner.world_size,
@@ -288,6 +288,12 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, info: GroupInfo | None, 
         if targets == "online":
             distiller["live_teacher"] = dict(name=spec.teacher, **teacher.model_dump(mode="json"))
     cfg.model = distiller
+
+
+def _nothing_found(cfg: Config) -> dict[str, float]:
+    """The metrics of a student that detects nothing at all, for which mmdet's CocoMetric gives none."""
+    kinds = cfg.val_evaluator.metric
+    return {f"{kind}_mAP": 0.0 for kind in ([kinds] if isinstance(kinds, str) else kinds)}
 
 
 def _student_config(cfg: Config) -> Config:

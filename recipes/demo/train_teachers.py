@@ -20,7 +20,7 @@ SCALE = (192, 144)
 SCENES, SEED = 2400, 0
 VAL_SCENES, VAL_FIRST_ID = 200, 1_000_001
 RECIPES = {
-    "r18_w24": dict(epochs=12, optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05)),
+    "r18_w24": dict(epochs=8, optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05)),
     "swin_w32": dict(epochs=20, optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05)),
 }
 
