@@ -22,7 +22,7 @@ from cache import (
 from services import cluster
 from services.actor import ActorJob, TeacherActor
 from services.pool import Pool, SetAside
-from services.present import Progress, say
+from services.present import Progress, say, size
 from trainer import Failure, Recipe, read_annotations, teacher_info
 
 
@@ -141,6 +141,6 @@ def _refuse_too_large(storage: LocalStorage, plan: Plan, force: bool) -> None:
     free = shutil.disk_usage(storage.root).free
     if plan.todo_bytes > free and not force:
         raise BudgetError(
-            f"cache.uri: the plan needs {plan.todo_bytes / 1e9:.1f} GB more and {storage.root} has {free / 1e9:.1f} GB free. "
+            f"cache.uri: the plan needs {size(plan.todo_bytes)} more and {storage.root} has {size(free)} free. "
             "Free some, choose another disk, store fewer levels (teachers.NAME.levels) or views, or pass --force."
         )

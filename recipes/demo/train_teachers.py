@@ -1,6 +1,6 @@
 """Train the demo's teachers with stock mmdet and write the checkpoints kept beside this file.
 
-    python recipes/demo/train_teachers.py WORK_DIR [r18_w24] [swin_w32]
+    python recipes/demo/train_teachers.py WORK_DIR [r18_w20] [swin_w32]
 
 Both are trained from random weights on 2,400 generated scenes, of which the demo's student sees the first few hundred. The
 checkpoints hold float16 weights: half the bytes, and the detectors' AP is the same to the second decimal.
@@ -20,7 +20,7 @@ SCALE = (192, 144)
 SCENES, SEED = 2400, 0
 VAL_SCENES, VAL_FIRST_ID = 200, 1_000_001
 RECIPES = {
-    "r18_w24": dict(epochs=8, optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05)),
+    "r18_w20": dict(epochs=8, optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05)),
     "swin_w32": dict(epochs=20, optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05)),
 }
 

@@ -134,7 +134,7 @@ def test_a_full_disk_ends_in_one_message_and_loses_nothing(undisturbed, tmp_path
     content, expected = undisturbed
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("this machine does not allow mounts")
     try:
         file = tmp_path / "recipe.yaml"
