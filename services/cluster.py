@@ -17,8 +17,14 @@ def connect(*, quiet: bool = False) -> None:
     """
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster reports nothing to anyone
-    ray.init(log_to_driver=not quiet, logging_level="WARNING")
+    options = {"log_to_driver": not quiet, "logging_level": "WARNING"}
+    try:
+        ray.init(address="auto", **options)
+    except ConnectionError:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster reports nothing to anyone
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it lives as long as this command and listens on loopback
+        # a dashboard nobody looks at would take a tenth of two cores from the teachers
+        ray.init(address="local", include_dashboard=False, **options)
 
 
 def refuse_temporary_paths(recipe: Recipe) -> None:

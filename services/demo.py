@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from cache import RecipeError
+from services import cluster
 from services.precompute import fill, plan_teacher, used_teachers
 from services.present import duration, say, size, table
 from services.train import ap, train
@@ -27,6 +28,7 @@ def run(work_dir: Path) -> None:
     """
     started = time.monotonic()
     work_dir = work_dir.absolute()
+    cluster.connect(quiet=True)
     _draw(work_dir / "data")
     arms = _arms(work_dir)
     progressive = arms["progressive"]

@@ -1,8 +1,12 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from trainer import generate
+
+# a cluster that happens to run on this machine is nobody's to test on
+os.environ["RAY_ADDRESS"] = "local"
 
 
 @pytest.fixture(scope="session")

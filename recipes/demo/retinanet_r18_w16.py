@@ -16,7 +16,7 @@ model = dict(
 
 train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False)
 val_dataloader = dict(num_workers=0, persistent_workers=False)
-train_cfg = dict(val_interval=12)
+train_cfg = dict(val_interval=100)
 # trained from random weights, where the 1x recipe's SGD needs far more iterations
 optim_wrapper = dict(
     _delete_=True,

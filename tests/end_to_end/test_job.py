@@ -6,9 +6,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from mmdet.apis import init_detector
@@ -80,16 +84,40 @@ def test_bad_images_end_in_exit_code_1_with_everything_else_committed(data: Path
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """`ray start --head` with a dashboard; what a job needs to be submitted there."""
     port, dashboard = free_port(), free_port()
-    temporary = tmp_path_factory.mktemp("ray", numbered=False)
+    here = tmp_path_factory.mktemp("job")
+    temporary = Path(f"/tmp/mtpd-{os.getpid()}")  # a socket's path must be short
     env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-    started = run(
-        str(BIN / "ray"), "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
-        "--include-dashboard=true", f"--temp-dir=/tmp/mtpd-{os.getpid()}", "--disable-usage-stats", env=env,
+    # --block and a session of its own: at the end exactly these processes are stopped, no other cluster of this machine
+    head = subprocess.Popen(
+        [
+            str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
+            "--num-cpus=2", "--include-dashboard=true", f"--temp-dir={temporary}", "--disable-usage-stats",
+        ],
+        env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    assert started.returncode == 0
-    yield {**env, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}", "HERE": str(temporary)}
-    run(str(BIN / "ray"), "stop", "--force", env=env)
-    shutil.rmtree(f"/tmp/mtpd-{os.getpid()}", ignore_errors=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        _wait_until_up(address, head)
+        yield {**env, "RAY_ADDRESS": address, "HERE": str(here)}
+    finally:
+        processes = [head, *psutil.Process(head.pid).children(recursive=True)] if head.poll() is None else []
+        head.terminate()
+        for process in processes[1:]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        head.wait(timeout=60)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _wait_until_up(address: str, head: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert head.poll() is None, "ray start failed"
+        with suppress(OSError):
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=5).close()
+            return
+        time.sleep(0.5)
+    raise TimeoutError(address)
 
 
 def submit(cluster: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
