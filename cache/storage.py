@@ -96,6 +96,9 @@ class LocalStorage:
 
         Returns:
             Whether the content was as expected, and is now ``new``.
+
+        Raises:
+            RecipeError: the storage cannot be written to.
         """
         with self._exclusively(name):
             current = self.read(name) if self.exists(name) else None
@@ -110,8 +113,14 @@ class LocalStorage:
     @contextmanager
     def _exclusively(self, name: str) -> Iterator[None]:
         target = self.path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.with_name(f".{target.name}.lock").open("a") as lock:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock = target.with_name(f".{target.name}.lock").open("a")
+        except OSError as error:
+            raise RecipeError(
+                f"cache.uri: {self.root} cannot be written to ({error.strerror}). Make it writable or give another folder."
+            ) from error
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

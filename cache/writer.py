@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import zarr
 from zarr.codecs import Crc32cCodec
 
@@ -137,21 +138,28 @@ def _write_shard(
                 slot = unit.slot(row)
                 chunks[slot] = shard.read_chunk(data, index, slot, chunk_bytes, verify=True)
         except (FileNotFoundError, shard.DamagedBytesError) as error:
-            raise CorruptShardError(
-                f"{storage.path(path)}: rows committed earlier cannot be carried over ({error}). Delete the folder "
-                f"{storage.path(path.split('/')[0])} and run `mtpd precompute` again."
-            ) from error
+            raise _cannot_carry_over(storage, path, error) from error
     return storage.write(path, shard.encode(chunks, unit.slots))
 
 
 def _write_detections(storage: LocalStorage, group: str, unit: Unit, rows: dict[int, Detections]) -> int:
     path = part(group, "detections", unit.name)
     table = detections.to_table(dict(sorted(rows.items())))
-    if unit.kept and storage.exists(path):
-        before = detections.from_parquet(storage.read(path))
-        kept = pa.compute.is_in(before["row"], value_set=pa.array(unit.kept, pa.int64()))
+    if unit.kept:
+        try:
+            before = detections.from_parquet(storage.read(path))
+        except (OSError, pa.ArrowException) as error:
+            raise _cannot_carry_over(storage, path, error) from error
+        kept = pc.is_in(before["row"], value_set=pa.array(unit.kept, pa.int64()))
         table = pa.concat_tables([before.filter(kept), table]).sort_by("row")
     return storage.write(path, [detections.to_parquet(table)])
+
+
+def _cannot_carry_over(storage: LocalStorage, path: str, error: Exception) -> CorruptShardError:
+    return CorruptShardError(
+        f"{storage.path(path)}: rows committed earlier cannot be carried over ({error}). Delete the folder "
+        f"{storage.path(path.split('/')[0])} and run `mtpd precompute` again."
+    )
 
 
 def _manifest_rows(unit: Unit, levels: tuple[Level, ...], targets: list[RowTargets]) -> pa.Table:

@@ -43,3 +43,9 @@ def test_of_many_swaps_at_once_one_wins(tmp_path: Path) -> None:
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"cache\.uri: 'ftp://x': scheme 'ftp'"):
         open_storage("ftp://x")
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RecipeError, match=r"cache\.uri: .*/file/cache cannot be written to"):
+        LocalStorage(tmp_path / "file" / "cache").swap("g/lease.json", None, b"x")

@@ -186,3 +186,18 @@ def test_a_look_up_finds_exactly_what_was_committed(tmp_path: Path) -> None:
     assert found[:, :2].sum() == 18
     assert not found[:, 2].any()
     assert all(((int(i), v) in index) == found[n, v] for n, i in enumerate(wanted) for v in range(3))
+
+
+@pytest.mark.parametrize("lost", ["shard", "detections"])
+def test_a_unit_whose_committed_rows_are_damaged_is_not_written_over(tmp_path: Path, lost: str) -> None:
+    storage, group = LocalStorage(tmp_path), make.info()
+    make.fill(storage, group, make.images(11), skip={4})
+    compact_manifest(storage, group.name, group.levels)
+    (unit,) = make.plan(storage, group, make.images(11)).units()
+    assert unit.kept
+    folder = tmp_path / group.name
+    shard = folder / unit.bucket / "P4" / "c" / str(unit.index) / "0" / "0" / "0"
+    (shard if lost == "shard" else folder / "detections" / f"part-{unit.name}.parquet").unlink()
+    with pytest.raises(CorruptShardError, match="cannot be carried over"):
+        make.fill(storage, group, make.images(11))
+    assert len(opened(storage, group)) == 20
