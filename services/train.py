@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray.train
-from ray.train import RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cache import MtpdError
 from services import cluster
