@@ -124,6 +124,9 @@ def train_stage(
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / _BEGUN, plain(cfg.to_dict()))
     cfg.launcher = launcher
+    if launcher != "none" and not torch.cuda.is_available():
+        # mmengine hands DDP a GPU's number by default, which a model on the CPU refuses
+        cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
     if find_latest_checkpoint(str(folder)) is not None:
         cfg.resume = True
     started = time.monotonic()
