@@ -25,10 +25,9 @@ def test_the_cache_holds_what_the_live_teacher_gives_for_every_view(data: Path, 
     assert len(cache) == 2 * len(entries)
     for entry in entries[:6]:
         image = cv2.imread(f"{recipe.dataset.train.img_dir}/{entry['file_name']}")
-        small = cv2.resize(image, None, fx=1, fy=1) if image is None else image
         for view in (0, 1):
             made = ApplyView([[128, 96]])(
-                {"img": small, "img_shape": small.shape[:2], "ori_shape": small.shape[:2], "view": view}
+                {"img": image, "img_shape": image.shape[:2], "ori_shape": image.shape[:2], "view": view}
             )
             pixels = torch.from_numpy(np.ascontiguousarray(made["img"].transpose(2, 0, 1)))
             live = teacher([pixels])
