@@ -2,8 +2,8 @@
 
     python recipes/demo/train_teachers.py WORK_DIR [r18_w20] [swin_w32]
 
-Both are trained from random weights on 2,400 generated scenes, of which the demo's student sees the first few hundred. The
-checkpoints hold float16 weights: half the bytes, and the detectors' AP is the same to the second decimal.
+Both are trained from random weights on 2,400 generated scenes, of which the demo's student sees the first few hundred, and
+evaluated on the scenes that the demo evaluates on. The checkpoints hold float16 weights, for half the bytes.
 """
 
 import argparse
