@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cache.errors import LeaseHeldError
+from cache.errors import LeaseHeldError, MtpdError
 from cache.layout import LEASE
 from cache.storage import LocalStorage
 
@@ -107,8 +107,8 @@ class Lease:
                 if not self._storage.swap(self._path, self._content, renewed):
                     self._lost.set()
                     return
-            except OSError:
-                continue  # a disk that refuses for a moment: the next round tries again
+            except (OSError, MtpdError):
+                continue  # a disk that is full or refuses for a moment: the next round tries again
             self._content = renewed
 
     def _read(self) -> bytes | None:

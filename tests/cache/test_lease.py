@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cache import Lease, LeaseHeldError, LocalStorage
+from cache import BudgetError, Lease, LeaseHeldError, LocalStorage
 from cache.layout import LEASE
 
 
@@ -69,3 +69,19 @@ def test_a_run_that_lost_its_lease_stops_and_leaves_the_new_holders_alone(tmp_pa
         with pytest.raises(LeaseHeldError, match="thief"):
             lease.check()
     assert json.loads(storage.read(f"g/{LEASE}"))["host"] == "thief"
+
+
+def test_a_disk_that_is_full_for_a_moment_does_not_end_the_renewing(tmp_path: Path, monkeypatch) -> None:
+    storage = LocalStorage(tmp_path)
+    with Lease(storage, "g", seconds=0.3) as lease:
+        with monkeypatch.context() as patch:
+
+            def full(*_arguments: object) -> int:
+                raise BudgetError("the disk is full")
+
+            patch.setattr(LocalStorage, "write", full)
+            time.sleep(0.3)
+        before = storage.read(f"g/{LEASE}")
+        time.sleep(0.4)
+        assert storage.read(f"g/{LEASE}") != before
+        lease.check()
