@@ -3,7 +3,7 @@
 Runs without mmdet and without ray. What the floors above may use is what is exported here.
 """
 
-from cache.codec import Encoded, decode, encode
+from cache.codec import Encoded, decode, encode, pool
 from cache.detections import Detections
 from cache.errors import (
     BudgetError,
@@ -13,14 +13,16 @@ from cache.errors import (
     MtpdError,
     RecipeError,
     StaleCacheError,
+    StorageError,
     TeacherLoadError,
 )
-from cache.layout import FORMAT_VERSION, GroupInfo, Level, Precision, differences, level_name
-from cache.lease import Lease
-from cache.manifest import Index, compact, read_table
+from cache.layout import FORMAT_VERSION, Compression, GroupInfo, Level, Precision, differences, level_name
+from cache.lease import Lease, fence
+from cache.manifest import Index, compact, load_index, part_names
 from cache.plan import Bucket, Images, Plan, Row, Unit, make_plan
-from cache.reader import Targets, TeacherCache, existing_slots, find_group, list_groups
-from cache.storage import LocalStorage, open_storage
+from cache.reader import TeacherCache, find_group, list_groups
+from cache.storage import LocalStorage, Storage, open_storage
+from cache.targets import RowLayout, Targets
 from cache.views import View, ViewPolicy, padded, resized
 from cache.writer import RowTargets, prepare, write_unit
 
@@ -28,6 +30,7 @@ __all__ = [
     "FORMAT_VERSION",
     "Bucket",
     "BudgetError",
+    "Compression",
     "CorruptShardError",
     "Detections",
     "Encoded",
@@ -44,8 +47,11 @@ __all__ = [
     "Precision",
     "RecipeError",
     "Row",
+    "RowLayout",
     "RowTargets",
     "StaleCacheError",
+    "Storage",
+    "StorageError",
     "Targets",
     "TeacherCache",
     "TeacherLoadError",
@@ -56,15 +62,17 @@ __all__ = [
     "decode",
     "differences",
     "encode",
-    "existing_slots",
+    "fence",
     "find_group",
     "level_name",
     "list_groups",
+    "load_index",
     "make_plan",
     "open_storage",
     "padded",
+    "part_names",
+    "pool",
     "prepare",
-    "read_table",
     "resized",
     "write_unit",
 ]

@@ -1,13 +1,13 @@
 """Detections: ragged soft targets, one Parquet part a unit."""
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from cache.sealed import seal, unseal
 
 SCHEMA = pa.schema(
     [
@@ -53,20 +53,18 @@ def to_table(rows: Mapping[int, Detections]) -> pa.Table:
     return pa.table(columns, schema=SCHEMA)
 
 
-def to_parquet(table: pa.Table) -> bytes:
-    """The bytes of a part."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()
+def to_parquet(table: pa.Table, name: str) -> bytes:
+    """The bytes of the part that is stored under ``name``."""
+    return seal(table, name)
 
 
-def from_parquet(data: bytes) -> pa.Table:
-    """The inverse of `to_parquet`.
+def from_parquet(data: bytes, name: str, version: int) -> pa.Table:
+    """The inverse of `to_parquet`, for any format version.
 
     Raises:
-        pyarrow.ArrowException, OSError: not such bytes, or damaged.
+        BrokenSealError: (a ValueError) other bytes than were written under this name.
     """
-    return pq.read_table(io.BytesIO(data), schema=SCHEMA, page_checksum_verification=True)
+    return unseal(data, name, SCHEMA, SCHEMA.names, sealed=version > 1)
 
 
 def from_table(table: pa.Table) -> dict[int, Detections]:

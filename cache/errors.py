@@ -34,3 +34,7 @@ class LeaseHeldError(MtpdError):
 
 class BudgetError(MtpdError):
     """The plan does not fit the disk."""
+
+
+class StorageError(MtpdError):
+    """The object storage does not answer: look at the network or the service, then run the same command again."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from cache.errors import LeaseHeldError, MtpdError
 from cache.layout import LEASE
-from cache.storage import LocalStorage
+from cache.storage import Storage
 
 LEASE_SECONDS = 30.0
 
@@ -48,7 +48,7 @@ class Lease:
         LeaseHeldError: on entering, another run holds it; the message names the holder.
     """
 
-    def __init__(self, storage: LocalStorage, group: str, seconds: float = LEASE_SECONDS) -> None:
+    def __init__(self, storage: Storage, group: str, seconds: float = LEASE_SECONDS) -> None:
         self._storage = storage
         self._path = f"{group}/{LEASE}"
         self._seconds = seconds
@@ -77,6 +77,11 @@ class Lease:
         self._stop.set()
         self._thread.join()
         self._storage.swap(self._path, self._content, None)
+
+    @property
+    def run(self) -> str:
+        """What names this run to its `fence`s."""
+        return self._me.run
 
     def check(self) -> None:
         """Stop a run whose lease was taken over, for it must not compact what another run writes.
@@ -122,9 +127,30 @@ class Lease:
         holder = (_parse(content) if content else None) or {}
         age = time.time() - float(holder.get("since", time.time()))
         return (
-            f"{self._storage.path(self._path)}: these targets are being written by process {holder.get('pid', '?')} on "
+            f"{self._storage.where(self._path)}: these targets are being written by process {holder.get('pid', '?')} on "
             f"{holder.get('host', '?')}, for {age:.0f} s. Wait for it or stop it; a lease is free {self._seconds:.0f} s "
             "after its holder died."
+        )
+
+
+def fence(storage: Storage, group: str, run: str) -> None:
+    """Stop a writer whose run no longer holds the lease, before it writes over what another run wrote.
+
+    Args:
+        run: `Lease.run` of the run that the writer works for.
+
+    Raises:
+        LeaseHeldError: the lease is another's, or free.
+    """
+    name = f"{group}/{LEASE}"
+    try:
+        holder = _parse(storage.read(name)) or {}
+    except FileNotFoundError:
+        holder = {}
+    if holder.get("run") != run:
+        raise LeaseHeldError(
+            f"{storage.where(name)}: the run that this writer belongs to does not hold the lease any more (held by process "
+            f"{holder.get('pid', '?')} on {holder.get('host', '?')}). What was committed stays; run `mtpd precompute` again."
         )
 
 

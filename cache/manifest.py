@@ -1,108 +1,175 @@
-"""The record of committed rows: one Parquet part a unit, compacted when a run ends. A row not in it does not exist."""
+"""The record of committed rows: one Parquet part a unit, compacted from time to time. A row not in it does not exist."""
 
-import io
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from cache.errors import CorruptShardError
-from cache.layout import MANIFEST, Level, part
-from cache.storage import LocalStorage
+from cache.hierarchy import read_document
+from cache.layout import MANIFEST, GroupInfo, bucket_size, part
+from cache.sealed import BrokenSealError, seal, unseal
+from cache.storage import Storage
 
 _ABSENT = -1
 _ROW_BITS = 40
+_MAX_UNIT_ROWS = 2**20
+_MAX_VIEWS = 2**10
+_PLACES = ("image_id", "view", "bucket", "row", "unit_rows", "source")
 IntArray = npt.NDArray[np.int64]
 
 
-def schema(levels: Sequence[Level]) -> pa.Schema:
+def schema(info: GroupInfo) -> pa.Schema:
     """Columns of the manifest.
 
-    ``row`` is the row in the bucket's arrays; ``height`` and ``width`` are the view's pixels without padding; ``source``
-    hashes the image's annotation entry (file name and size); ``image_crc32c`` is the checksum of the image file's bytes;
-    ``snr_<level>`` is the quantisation's signal-to-noise ratio in dB.
+    ``row`` is the row in the bucket's arrays; ``unit_rows`` the rows of a full unit of that bucket (not in version 1);
+    ``height`` and ``width`` are the view's pixels without padding; ``source`` hashes the image's annotation entry (file name
+    and size); ``image_crc32c`` is the checksum of the image file's bytes; ``snr_<level>`` is the quantisation's
+    signal-to-noise ratio in dB.
     """
     fields = [
         pa.field("image_id", pa.int64()),
         pa.field("view", pa.int32()),
         pa.field("bucket", pa.string()),
         pa.field("row", pa.int64()),
+        pa.field("unit_rows", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("width", pa.int32()),
         pa.field("source", pa.uint64()),
         pa.field("image_crc32c", pa.uint32()),
     ]
-    return pa.schema(fields + [pa.field(f"snr_{level.name}", pa.float32()) for level in levels])
+    if info.version == 1:
+        fields = [field for field in fields if field.name != "unit_rows"]
+    return pa.schema(fields + [pa.field(f"snr_{level.name}", pa.float32()) for level in info.levels])
 
 
-def write_part(storage: LocalStorage, group: str, unit: str, rows: pa.Table) -> None:
+def write_part(storage: Storage, info: GroupInfo, unit: str, rows: pa.Table) -> None:
     """Commit a unit: from here on its rows exist."""
-    storage.write(part(group, "manifest", unit), [_to_parquet(rows)])
+    _write(storage, part(info.name, "manifest", unit), rows)
 
 
-def read_table(storage: LocalStorage, group: str, levels: Sequence[Level]) -> pa.Table:
+def part_names(storage: Storage, info: GroupInfo) -> list[str]:
+    """The parts that are not compacted yet."""
+    return storage.names(f"{info.name}/manifest", ".parquet")
+
+
+def read_table(storage: Storage, info: GroupInfo, columns: Sequence[str] | None = None) -> pa.Table:
     """All committed rows: the compacted manifest and the parts written since. A row may occur twice, with equal values.
+
+    ``bucket`` is a dictionary column.
 
     Raises:
         CorruptShardError: a file is not the Parquet that was written.
     """
+    wanted = [name for name in columns or schema(info).names if name in schema(info).names]
     while True:
-        tables = [schema(levels).empty_table()]
-        names = storage.names(f"{group}/manifest", ".parquet")
+        tables = [_empty(info, wanted)]
         try:
-            tables += [_from_parquet(storage, name, levels) for name in names]
+            tables += [read_one(storage, name, info, wanted) for name in part_names(storage, info)]
         except FileNotFoundError:
             continue  # compacted away between the listing and the read: the compacted manifest has it now
         # read after the parts: what was compacted meanwhile is then found here
-        if storage.exists(f"{group}/{MANIFEST}"):
-            tables.append(_from_parquet(storage, f"{group}/{MANIFEST}", levels))
-        return pa.concat_tables(tables)
+        try:
+            tables.append(read_one(storage, f"{info.name}/{MANIFEST}", info, wanted))
+        except FileNotFoundError:
+            if tables[1:] and not part_names(storage, info):
+                continue  # replaced at this very moment on a store without atomic replacement
+        return pa.concat_tables(tables).unify_dictionaries()
 
 
-def compact(storage: LocalStorage, group: str, levels: Sequence[Level]) -> pa.Table:
-    """Fold the parts into one file, then remove them. Only the holder of the lease may do this.
+def read_one(storage: Storage, name: str, info: GroupInfo, columns: Sequence[str]) -> pa.Table:
+    """The rows of one file.
 
-    Returns:
-        Every committed row, each once, by bucket and row.
+    Raises:
+        FileNotFoundError: there is none.
+        CorruptShardError: it is not the Parquet that was written.
     """
-    names = storage.names(f"{group}/manifest", ".parquet")
-    table = read_table(storage, group, levels)
-    table = _unique(table)
-    if names:
-        storage.write(f"{group}/{MANIFEST}", [_to_parquet(table)])
-        for name in names:
-            storage.delete(name)
-    return table
-
-
-def _unique(table: pa.Table) -> pa.Table:
-    keys = np.stack([table["image_id"].to_numpy(), table["view"].to_numpy().astype(np.int64)])
-    _, first = np.unique(keys, axis=1, return_index=True)
-    return table.take(first).sort_by([("bucket", "ascending"), ("row", "ascending")])
-
-
-def _to_parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()
-
-
-def _from_parquet(storage: LocalStorage, name: str, levels: Sequence[Level]) -> pa.Table:
     data = storage.read(name)
     try:
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
-        return table.select(schema(levels).names).cast(schema(levels))
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        return unseal(data, name, schema(info), columns, ["bucket"], sealed=info.version > 1)
+    except BrokenSealError as error:
         raise CorruptShardError(
-            f"{storage.path(name)}: not a readable manifest ({error}). Delete it and run `mtpd precompute`: the rows it "
-            "recorded are computed again."
+            f"{storage.where(name)}: {error}. Run `mtpd verify {storage.where()} --repair`, then `mtpd precompute RECIPE`: "
+            "the rows that this file recorded are computed again."
         ) from error
 
 
-@dataclass(frozen=True)
+def compact(storage: Storage, info: GroupInfo) -> int:
+    """Fold the parts into one file, then remove them. Only the holder of the lease may do this.
+
+    Returns:
+        Parts that were folded.
+    """
+    names = part_names(storage, info)
+    if names:
+        _write(storage, f"{info.name}/{MANIFEST}", _unique(read_table(storage, info)))
+        for name in names:
+            storage.delete(name)
+    return len(names)
+
+
+def load_index(storage: Storage, info: GroupInfo) -> "Index":
+    """The index of a group's committed rows.
+
+    Raises:
+        CorruptShardError: the manifest is damaged.
+    """
+    table = read_table(storage, info, _PLACES)
+    if info.version == 1:
+        table = table.append_column("unit_rows", _unit_rows_of_version_1(storage, info, table))
+    try:
+        return Index(table)
+    except ValueError as error:
+        raise CorruptShardError(
+            f"{storage.where(info.name)}: the manifest contradicts itself ({error}). Run `mtpd verify {storage.where()} "
+            "--repair`, then `mtpd precompute RECIPE`."
+        ) from error
+
+
+def _write(storage: Storage, name: str, rows: pa.Table) -> None:
+    storage.write(name, [seal(rows.replace_schema_metadata(None), name, ["bucket"])])
+
+
+def _empty(info: GroupInfo, columns: Sequence[str]) -> pa.Table:
+    table = schema(info).empty_table().select(list(columns))
+    if "bucket" not in columns:
+        return table
+    return table.set_column(columns.index("bucket"), "bucket", table["bucket"].dictionary_encode())
+
+
+def _unique(table: pa.Table) -> pa.Table:
+    """Each row once, by image and view; the last of several."""
+    ids, views = table["image_id"].to_numpy(), table["view"].to_numpy()
+    order = np.lexsort((views, ids))
+    ids, views = ids[order], views[order]
+    last = np.append((ids[1:] != ids[:-1]) | (views[1:] != views[:-1]), True) if ids.size else np.zeros(0, np.bool_)
+    table = table.take(pa.array(order[last]))
+    at = table.schema.get_field_index("bucket")
+    return table.set_column(at, "bucket", table["bucket"].cast(pa.string()))
+
+
+def _unit_rows_of_version_1(storage: Storage, info: GroupInfo, table: pa.Table) -> pa.ChunkedArray:
+    """What version 1 kept in the arrays' metadata only."""
+    rows: dict[str, int] = {}
+    for bucket in pc.unique(table["bucket"]).to_pylist():
+        document: Any = read_document(storage, f"{info.name}/{bucket}/{info.levels[0].name}/zarr.json") or {}
+        try:
+            rows[bucket] = int(document["chunk_grid"]["configuration"]["chunk_shape"][0])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CorruptShardError(
+                f"{storage.where(info.name)}/{bucket}: the arrays' metadata cannot be read, and format version 1 keeps the "
+                "size of a unit nowhere else. Delete the group and run `mtpd precompute`."
+            ) from error
+    values = [rows[bucket] for bucket in table["bucket"].to_pylist()]
+    return pa.chunked_array([pa.array(values, pa.int32())])
+
+
+@dataclass(frozen=True, slots=True)
 class Location:
     """Where a committed row is: its bucket and its row in the bucket's arrays."""
 
@@ -116,22 +183,47 @@ class Index:
     Attributes:
         image_ids: (n,) int64, sorted: the images with at least one row.
         sources: (n,) uint64: the `source` of each.
-        buckets: names of the buckets; what `places` refers to.
+        unit_rows: per bucket the rows of a full unit.
+
+    Raises:
+        ValueError: rows that cannot be.
     """
 
     def __init__(self, table: pa.Table) -> None:
-        ids = table["image_id"].to_numpy()
-        views = table["view"].to_numpy().astype(np.int64)
-        encoded = table["bucket"].combine_chunks().dictionary_encode()
-        if isinstance(encoded, pa.ChunkedArray):
-            encoded = encoded.combine_chunks()
-        self.buckets: list[str] = encoded.dictionary.to_pylist()
-        codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-        self.image_ids, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-        self.sources: npt.NDArray[np.uint64] = table["source"].to_numpy()[first]
+        bucket = table["bucket"].combine_chunks()
+        if isinstance(bucket, pa.ChunkedArray):
+            bucket = bucket.chunk(0) if bucket.num_chunks else pa.array([], bucket.type)
+        self.buckets: list[str] = bucket.dictionary.to_pylist()
+        codes = bucket.indices.to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+        self.unit_rows = self._read_unit_rows(codes, table["unit_rows"].to_numpy())
+        rows = table["row"].to_numpy()
+        if rows.size and (rows.min() < 0 or rows.max() >= 1 << _ROW_BITS):
+            raise ValueError("a row's number is out of range")
+        places = (codes.astype(np.int64) << _ROW_BITS) | rows
+        del codes, rows
+        ids, views, sources = (table[name].to_numpy() for name in ("image_id", "view", "source"))
+        if views.size and (views.min() < 0 or views.max() >= _MAX_VIEWS):
+            raise ValueError("a view's number is out of range")
+        if ids.size and not bool((ids[1:] >= ids[:-1]).all()):
+            order = np.argsort(ids, kind="stable")
+            ids, views, sources, places = ids[order], views[order], sources[order], places[order]
+        starts = np.append(True, ids[1:] != ids[:-1]) if ids.size else np.zeros(0, np.bool_)
+        self.image_ids: IntArray = ids[starts].copy()
+        self.sources: npt.NDArray[np.uint64] = sources[starts].copy()
         self._places = np.full((self.image_ids.size, int(views.max(initial=0)) + 1), _ABSENT, dtype=np.int64)
-        self._places[inverse, views] = (codes << _ROW_BITS) | table["row"].to_numpy()
+        self._places[np.cumsum(starts) - 1, views] = places
         self._rows = int((self._places != _ABSENT).sum())
+
+    def _read_unit_rows(self, codes: npt.NDArray[np.int32], unit_rows: npt.NDArray[np.int32]) -> dict[str, int]:
+        largest = np.zeros(len(self.buckets), np.int64)
+        largest[codes] = unit_rows
+        if codes.size and bool((largest[codes] != unit_rows).any()):
+            raise ValueError("units of one bucket have different sizes")
+        for name, rows in zip(self.buckets, largest.tolist(), strict=True):
+            bucket_size(name)
+            if not 0 <= rows <= _MAX_UNIT_ROWS:
+                raise ValueError(f"a unit of bucket {name} has {rows} rows")
+        return {name: rows for name, rows in zip(self.buckets, largest.tolist(), strict=True) if rows}
 
     def __len__(self) -> int:
         return self._rows
@@ -141,11 +233,12 @@ class Index:
 
     def find(self, image_id: int, view: int) -> Location | None:
         """The place of a row, or None if it is not committed."""
-        at = int(np.searchsorted(self.image_ids, image_id))
-        if at == self.image_ids.size or self.image_ids[at] != image_id or not 0 <= view < self._places.shape[1]:
-            return None
-        place = int(self._places[at, view])
+        place = self._find(image_id, view)[1]
         return None if place == _ABSENT else self._location(place)
+
+    def source(self, image_id: int) -> int:
+        """The `source` of an image that has rows."""
+        return int(self.sources[self._find(image_id, 0)[0]])
 
     def committed(self, image_ids: IntArray, views: int) -> npt.NDArray[np.bool_]:
         """Which rows are committed: (n, views) for n images."""
@@ -167,14 +260,23 @@ class Index:
 
     def occupied(self) -> dict[str, IntArray]:
         """The committed rows of every bucket, sorted."""
-        places = self._places[self._places != _ABSENT]
-        codes, rows = places >> _ROW_BITS, places & ((1 << _ROW_BITS) - 1)
-        return {name: np.sort(rows[codes == code]) for code, name in enumerate(self.buckets)}
+        places = np.sort(self._places[self._places != _ABSENT])
+        bounds = np.searchsorted(places, np.arange(len(self.buckets) + 1, dtype=np.int64) << _ROW_BITS)
+        rows = places & ((1 << _ROW_BITS) - 1)
+        return {name: rows[bounds[code] : bounds[code + 1]] for code, name in enumerate(self.buckets)}
 
     def keys(self) -> list[tuple[int, int]]:
         """Every committed (image id, view), by image id."""
         at, views = np.nonzero(self._places != _ABSENT)
         return list(zip(self.image_ids[at].tolist(), views.tolist(), strict=True))
+
+    def _find(self, image_id: int, view: int) -> tuple[int, int]:
+        # a memoryview's items are Python numbers: bisecting it is several times faster than a search on the array
+        ids = self.image_ids.data
+        at = bisect_left(ids, image_id)
+        if at == len(ids) or ids[at] != image_id or not 0 <= view < self._places.shape[1]:
+            return at, _ABSENT
+        return at, int(self._places[at, view])
 
     def _location(self, place: int) -> Location:
         return Location(self.buckets[place >> _ROW_BITS], place & ((1 << _ROW_BITS) - 1))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from cache import shard
 from cache.errors import StaleCacheError
-from cache.layout import ITEM_BYTES, GroupInfo, Level, Precision, bucket_name, bucket_size, unit_name
+from cache.layout import GroupInfo, bucket_name, unit_name
 from cache.manifest import Index
 from cache.views import IntArray, ViewPolicy, padded, resized
 
@@ -114,6 +114,8 @@ class Bucket:
 class Plan:
     """What a teacher's group will hold, and what is left to compute.
 
+    Bytes are exact where rows are not compressed, and an upper bound but for a few bytes a row where they are.
+
     Attributes:
         info: the group's attributes.
         buckets: every bucket, the largest first.
@@ -127,7 +129,7 @@ class Plan:
     images: Images
     policy: ViewPolicy
     _sources: npt.NDArray[np.uint64]
-    _todo: dict[str, tuple[IntArray, IntArray, IntArray]]
+    _todo: dict[str, tuple[IntArray, IntArray]]
     _occupied: Mapping[str, IntArray] = field(default_factory=dict)
 
     @property
@@ -141,33 +143,37 @@ class Plan:
         return sum(bucket.todo for bucket in self.buckets)
 
     @property
+    def todo_units(self) -> int:
+        """Units with something left to compute."""
+        return sum(np.unique(self._todo[b.name][1] // b.slots).size for b in self.buckets)
+
+    @property
     def stored_bytes(self) -> int:
-        """Exact bytes of all shards when the plan is done."""
+        """Bytes of all shards when the plan is done."""
         return sum(self.bucket_bytes(bucket) for bucket in self.buckets)
 
     @property
     def todo_bytes(self) -> int:
         """Bytes of the maps and scales that are left to write."""
-        row_sizes = ((b, _chunk_sizes(self.info.levels, self.info.precision, b.name)) for b in self.buckets)
-        return sum(bucket.todo * sum(sizes) for bucket, sizes in row_sizes)
+        return sum(bucket.todo * self._row_bytes(bucket) for bucket in self.buckets)
 
     def bucket_bytes(self, bucket: Bucket) -> int:
-        """Exact bytes of a bucket's shards."""
-        sizes = _chunk_sizes(self.info.levels, self.info.precision, bucket.name)
-        overhead = shard.size(0, 0, bucket.slots) * bucket.units
-        per_row = sum(shard.size(chunk, 1, 0) - shard.size(0, 0, 0) for chunk in sizes)
-        return bucket.rows * per_row + overhead * len(sizes)
+        """Bytes of a bucket's shards."""
+        arrays = len(self.info.arrays(bucket.name))
+        tails = bucket.units * arrays * shard.size(0, 0, bucket.slots)
+        return tails + bucket.rows * self._row_bytes(bucket)
 
     def level_bytes(self) -> dict[str, int]:
         """Bytes of each level's maps, without scales and indices."""
-        item = ITEM_BYTES[self.info.precision]
-        return {
-            level.name: sum(
-                b.rows * level.channels * item * int(np.prod(level.map_size(*bucket_size(b.name))))
-                for b in self.buckets
-            )
-            for level in self.info.levels
-        }
+        totals = {level.name: 0 for level in self.info.levels}
+        for bucket in self.buckets:
+            for array in self.info.arrays(bucket.name):
+                if array.name == array.level:
+                    totals[array.level] += bucket.rows * array.nbytes
+        return totals
+
+    def _row_bytes(self, bucket: Bucket) -> int:
+        return sum(shard.size(a.nbytes, 1, 0) - shard.size(0, 0, 0) for a in self.info.arrays(bucket.name))
 
     def units(self) -> Iterator[Unit]:
         """The units with something left to compute, bucket by bucket."""
@@ -176,20 +182,19 @@ class Plan:
                 yield from self._bucket_units(bucket)
 
     def _bucket_units(self, bucket: Bucket) -> Iterator[Unit]:
-        positions, views, rows = self._todo[bucket.name]
+        members, rows = self._todo[bucket.name]
         occupied = self._occupied.get(bucket.name, np.zeros(0, np.int64))
         starts = np.flatnonzero(np.diff(rows // bucket.slots, prepend=-1))
         for start, end in zip(starts, [*starts[1:], rows.size], strict=True):
             index = int(rows[start]) // bucket.slots
             lo, hi = np.searchsorted(occupied, (index * bucket.slots, (index + 1) * bucket.slots))
-            members = tuple(
-                self._row(int(p), int(v), int(r))
-                for p, v, r in zip(positions[start:end], views[start:end], rows[start:end], strict=True)
-            )
-            yield Unit(bucket.name, index, bucket.slots, members, tuple(occupied[lo:hi].tolist()))
+            wanted = zip(members[start:end].tolist(), rows[start:end].tolist(), strict=True)
+            todo = tuple(self._row(member, row) for member, row in wanted)
+            yield Unit(bucket.name, index, bucket.slots, todo, tuple(occupied[lo:hi].tolist()))
 
-    def _row(self, position: int, view: int, row: int) -> Row:
+    def _row(self, member: int, row: int) -> Row:
         images = self.images
+        position, view = divmod(member, len(self.policy))
         width, height = images.widths[position], images.heights[position]
         view_width, view_height = resized(width, height, self.policy[view].scale)
         return Row(
@@ -211,7 +216,6 @@ def make_plan(
     info: GroupInfo,
     *,
     committed: Index | None = None,
-    existing_slots: Mapping[str, int] | None = None,
     unit_rows: int | None = None,
 ) -> Plan:
     """Give every row that is wanted and not committed a place.
@@ -222,8 +226,8 @@ def make_plan(
 
     Args:
         committed: the manifest's index, if the group exists.
-        existing_slots: rows of a full unit for the buckets whose arrays exist; they cannot change.
-        unit_rows: rows of a full unit in new buckets; by default as many as make about 128 MiB, at most 256.
+        unit_rows: rows of a full unit in buckets of which nothing is committed; by default as many as make about 128 MiB,
+            at most 256. Where rows are committed the size of a unit is fixed.
 
     Raises:
         StaleCacheError: a committed row belongs to another image of the same id.
@@ -231,26 +235,37 @@ def make_plan(
     sources = images.sources()
     if committed is not None:
         _refuse_other_images(images, sources, committed)
-    done = (
-        np.zeros((images.ids.size, len(policy)), np.bool_)
-        if committed is None
-        else committed.committed(images.ids, len(policy))
-    )
     occupied = {} if committed is None else committed.occupied()
-    keys = _bucket_keys(images, policy, info.divisor)
+    fixed = {} if committed is None else committed.unit_rows
+    keys = _bucket_keys(images, policy, info.divisor).ravel()
+    names, codes, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    del keys
+    if committed is not None:
+        codes[committed.committed(images.ids, len(policy)).ravel()] = names.size
+    # a stable sort keeps the order of (image, view) inside each bucket; the committed rows come last
+    order = np.argsort(codes.astype(np.int32), kind="stable")
+    bounds = np.cumsum(np.bincount(codes, minlength=names.size + 1))
+    del codes
     buckets, todo = [], {}
-    for key, count in zip(*np.unique(keys, return_counts=True), strict=True):
-        name = bucket_name(int(key) >> 32, int(key) & 0xFFFFFFFF)
-        positions, views = np.nonzero((keys == key) & ~done)
+    for code, (key, count) in enumerate(zip(names.tolist(), counts.tolist(), strict=True)):
+        name = bucket_name(key >> 32, key & 0xFFFFFFFF)
+        members = order[bounds[code - 1] if code else 0 : bounds[code]]
         taken = occupied.get(name, np.zeros(0, np.int64))
-        free = np.setdiff1d(np.arange(taken.size + positions.size), taken, assume_unique=True)[: positions.size]
-        # a hole may lie behind the last taken row: setdiff over taken + new rows always leaves enough
-        slots = (existing_slots or {}).get(name) or unit_rows or _default_slots(info, name)
+        free = _first_free(taken, members.size)
+        slots = fixed.get(name) or unit_rows or _default_slots(info, name)
         rows = int(max(taken.max(initial=-1), free.max(initial=-1))) + 1
-        buckets.append((int(count), Bucket(name, rows, slots, int(positions.size))))
-        todo[name] = (positions, views, free)
+        buckets.append((count, Bucket(name, rows, slots, members.size)))
+        todo[name] = (members, free)
     ordered = tuple(bucket for _, bucket in sorted(buckets, key=lambda pair: (-pair[0], pair[1].name)))
-    return Plan(info, ordered, int(keys.size), images, policy, sources, todo, occupied)
+    total = images.ids.size * len(policy)
+    return Plan(info, ordered, total, images, policy, sources, todo, occupied)
+
+
+def _first_free(taken: IntArray, count: int) -> IntArray:
+    """The first ``count`` numbers from 0 on that are not in ``taken``, which is sorted."""
+    if taken.size == 0 or int(taken[-1]) == taken.size - 1:
+        return np.arange(taken.size, taken.size + count)
+    return np.setdiff1d(np.arange(taken.size + count), taken, assume_unique=True)[:count]
 
 
 def _bucket_keys(images: Images, policy: ViewPolicy, divisor: int) -> IntArray:
@@ -274,13 +289,5 @@ def _refuse_other_images(images: Images, sources: npt.NDArray[np.uint64], commit
         )
 
 
-def _chunk_sizes(levels: Sequence[Level], precision: Precision, bucket: str) -> list[int]:
-    """Bytes of one row in each of a bucket's arrays: the maps, and for int8 their scales."""
-    maps = [
-        level.channels * int(np.prod(level.map_size(*bucket_size(bucket)))) * ITEM_BYTES[precision] for level in levels
-    ]
-    return maps + ([4 * level.channels for level in levels] if precision == "int8" else [])
-
-
 def _default_slots(info: GroupInfo, bucket: str) -> int:
-    return max(1, min(MAX_UNIT_ROWS, round(UNIT_BYTES / sum(_chunk_sizes(info.levels, info.precision, bucket)))))
+    return max(1, min(MAX_UNIT_ROWS, round(UNIT_BYTES / sum(array.nbytes for array in info.arrays(bucket)))))

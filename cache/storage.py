@@ -1,38 +1,40 @@
-"""Where a cache's bytes live, behind one small interface: a local directory.
+"""Where a cache's bytes live, behind one small interface: a local directory here, object storage in `cache.objects`.
 
-Every write is whole or absent: a temporary file is written, flushed to the disk and renamed. Nothing here holds a thread
-or an open file between calls, so a `LocalStorage` survives ``fork`` and pickling.
+Every write is whole or absent. Nothing holds a thread or an open file between calls, so that a storage survives ``fork``
+and pickling.
 """
 
 import errno
 import fcntl
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from cache.errors import BudgetError, RecipeError
+from cache.errors import BudgetError, CorruptShardError, RecipeError
 
 
 @dataclass(frozen=True)
-class LocalStorage:
-    """A directory. Paths are relative to it and use ``/``.
+class Entry:
+    """A stored file: its name, its bytes, and when it was last written, in seconds since the epoch."""
 
-    Attributes:
-        root: absolute path of the directory; it need not exist before the first write.
-    """
+    name: str
+    size: int
+    modified: float
 
-    root: Path
 
-    def path(self, name: str) -> Path:
-        """The file behind a name."""
-        return self.root / name
+class Storage(Protocol):
+    """What a cache asks of the place where it lives. Names are relative and use ``/``."""
+
+    def where(self, name: str = "") -> str:
+        """A name as the user knows it: path or URI."""
 
     def exists(self, name: str) -> bool:
         """Whether something was written under this name."""
-        return self.path(name).is_file()
 
     def read(self, name: str) -> bytes:
         """The whole content.
@@ -40,56 +42,31 @@ class LocalStorage:
         Raises:
             FileNotFoundError: nothing was written under this name.
         """
-        return self.path(name).read_bytes()
 
-    def write(self, name: str, buffers: Iterable[bytes | memoryview]) -> int:
-        """Write atomically and durably, replacing what was there. Returns the number of bytes.
+    def write(self, name: str, buffers: Iterable[bytes | memoryview], *, durable: bool = True) -> int:
+        """Write, replacing what was there; the content appears whole or not at all. Returns the number of bytes.
+
+        Args:
+            durable: survive a power cut, not only a killed process.
 
         Raises:
             BudgetError: the disk is full.
         """
-        target = self.path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("xb") as file:
-                written = sum(file.write(buffer) for buffer in buffers)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise BudgetError(
-                    f"{self.root}: the disk is full while writing {name}. What was committed stays; free some space "
-                    "and run `mtpd precompute` again."
-                ) from error
-            raise
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        return written
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
-        """Sorted names (relative to the storage) of the files directly inside a folder; empty if there is none."""
-        directory = self.path(folder)
-        if not directory.is_dir():
-            return []
-        return sorted(
-            f"{folder}/{entry.name}"
-            for entry in os.scandir(directory)
-            if entry.name.endswith(suffix) and not entry.name.startswith(".") and entry.is_file()
-        )
+        """Sorted names of the files directly inside a folder; empty if there is none."""
 
-    def folders(self) -> list[str]:
-        """Sorted names of the top-level folders."""
-        if not self.root.is_dir():
-            return []
-        return sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+    def folders(self, folder: str = "") -> list[str]:
+        """Sorted names, without their parents, of the folders directly inside a folder."""
+
+    def walk(self, folder: str) -> Iterator[Entry]:
+        """Every file inside a folder, at any depth."""
 
     def delete(self, name: str) -> None:
         """Remove a file; no error if it is not there."""
-        self.path(name).unlink(missing_ok=True)
+
+    def prune(self, folder: str) -> None:
+        """Remove what is empty of a folder and its folders. Nobody may be writing there."""
 
     def swap(self, name: str, expected: bytes | None, new: bytes | None) -> bool:
         """Compare and swap: write ``new`` only if the content is ``expected``; None means absent.
@@ -100,15 +77,133 @@ class LocalStorage:
         Raises:
             RecipeError: the storage cannot be written to.
         """
+
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be written; None where there is no limit to be known."""
+
+
+@dataclass(frozen=True)
+class LocalStorage:
+    """A directory.
+
+    Attributes:
+        root: absolute path of the directory; it need not exist before the first write.
+    """
+
+    root: Path
+
+    def where(self, name: str = "") -> str:
+        """The path of a name."""
+        return str(self.root / name)
+
+    def path(self, name: str) -> Path:
+        """The file behind a name.
+
+        Raises:
+            CorruptShardError: a symbolic link on the way leads out of the directory.
+        """
+        path = self.root / name
+        if not f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(self.root)}/".replace("//", "/")):
+            raise CorruptShardError(f"{path}: leads out of the cache; links to elsewhere are not followed. Remove it.")
+        return path
+
+    def exists(self, name: str) -> bool:
+        """Whether something was written under this name."""
+        return self.path(name).is_file()
+
+    def read(self, name: str) -> bytes:
+        """The whole content."""
+        return self.path(name).read_bytes()
+
+    def write(self, name: str, buffers: Iterable[bytes | memoryview], *, durable: bool = True) -> int:
+        """Write to a temporary file, flush it to the disk if it must be durable, rename it."""
+        target = self.path(name)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb", buffering=0) as file:
+                written = sum(_write_all(file.fileno(), buffer) for buffer in buffers)
+                if durable:
+                    os.fsync(file.fileno())
+            temporary.replace(target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._explained(error, name) from error
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return written
+
+    def names(self, folder: str, suffix: str = "") -> list[str]:
+        """Sorted names of the files directly inside a folder; empty if there is none."""
+        directory = self.path(folder)
+        if not directory.is_dir():
+            return []
+        return sorted(
+            f"{folder}/{entry.name}"
+            for entry in os.scandir(directory)
+            if entry.name.endswith(suffix) and not entry.name.startswith(".") and entry.is_file()
+        )
+
+    def folders(self, folder: str = "") -> list[str]:
+        """Sorted names of the folders directly inside a folder."""
+        directory = self.path(folder)
+        if not directory.is_dir():
+            return []
+        return sorted(entry.name for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False))
+
+    def walk(self, folder: str) -> Iterator[Entry]:
+        """Every file inside a folder, temporary ones too; links are listed, not followed."""
+        for parent, _, files in os.walk(self.path(folder)):
+            for file in files:
+                path = Path(parent, file)
+                try:
+                    status = path.lstat()
+                except FileNotFoundError:
+                    continue
+                yield Entry(path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime)
+
+    def delete(self, name: str) -> None:
+        """Remove a file, or a link itself."""
+        (self.path(str(Path(name).parent)) / Path(name).name).unlink(missing_ok=True)
+
+    def prune(self, folder: str) -> None:
+        """Remove what is empty of a folder and its folders."""
+        for parent, _, _ in os.walk(self.path(folder), topdown=False):
+            with suppress(OSError):
+                Path(parent).rmdir()
+
+    def swap(self, name: str, expected: bytes | None, new: bytes | None) -> bool:
+        """Compare and swap, under a lock on a file beside it."""
         with self._exclusively(name):
             current = self.read(name) if self.exists(name) else None
             if current != expected:
                 return False
             if new is None:
-                self.delete(name)
+                self.path(name).unlink(missing_ok=True)
             else:
                 self.write(name, [new])
             return True
+
+    def free_bytes(self) -> int:
+        """Free bytes of the file system that holds the directory, or will hold it."""
+        existing = next(path for path in (self.root, *self.root.parents) if path.exists())
+        return shutil.disk_usage(existing).free
+
+    def _explained(self, error: OSError, name: str) -> Exception:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return BudgetError(
+                f"{self.root}: the disk is full while writing {name}. What was committed stays; free some space and run "
+                "`mtpd precompute` again."
+            )
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            return self._unwritable(error)
+        return error
+
+    def _unwritable(self, error: OSError) -> RecipeError:
+        return RecipeError(
+            f"cache.uri: {self.root} cannot be written to ({error.strerror}). Make it writable or give another folder."
+        )
 
     @contextmanager
     def _exclusively(self, name: str) -> Iterator[None]:
@@ -117,23 +212,34 @@ class LocalStorage:
             target.parent.mkdir(parents=True, exist_ok=True)
             lock = target.with_name(f".{target.name}.lock").open("a")
         except OSError as error:
-            raise RecipeError(
-                f"cache.uri: {self.root} cannot be written to ({error.strerror}). Make it writable or give another folder."
-            ) from error
+            raise self._unwritable(error) from error
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
 
-def open_storage(uri: str) -> LocalStorage:
-    """The storage behind a cache's URI.
+def open_storage(uri: str) -> Storage:
+    """The storage behind a cache's URI: a path, or ``s3://``, ``gs://``, ``az://`` with a bucket and a prefix.
 
     Raises:
-        RecipeError: a scheme that is not handled.
+        RecipeError: a scheme that is not handled, or credentials in the URI.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return LocalStorage(Path(uri).expanduser().absolute())
     if scheme == "file":
         return LocalStorage(Path(rest).absolute())
-    raise RecipeError(f"cache.uri: {uri!r}: scheme {scheme!r} is not supported; give the path of a directory.")
+    from cache.objects import SCHEMES, ObjectStorage  # only where it is needed: its library starts threads
+
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise RecipeError(f"cache.uri: {scheme}:// is not supported; give the path of a directory, or {known}.")
+    return ObjectStorage(uri.rstrip("/"))
+
+
+def _write_all(file: int, buffer: bytes | memoryview) -> int:
+    view = memoryview(buffer).cast("B")
+    written = 0
+    while written < len(view):
+        written += os.write(file, view[written:])
+    return written

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import ray
 import torch
 
-from cache import GroupInfo, Unit, ViewPolicy, open_storage, write_unit
+from cache import GroupInfo, RowTargets, Unit, ViewPolicy, fence, open_storage, write_unit
 from services.pool import PIPELINE_DEPTH
 from trainer import Failure, Teacher, TeacherSpec, UnitComputer
 
@@ -19,6 +19,7 @@ class ActorJob:
     """What an actor must know; a few hundred bytes."""
 
     uri: str
+    run: str
     info: GroupInfo
     spec: TeacherSpec
     policy: ViewPolicy
@@ -77,5 +78,9 @@ class TeacherActor:
             targets, refused = self._computer.compute(views)
             seconds = time.monotonic() - started
         del views
-        written = write_unit(open_storage(self._job.uri), self._job.info, unit, targets) if targets else 0
+        written = self._write(unit, targets) if targets else 0
         return UnitRecord(unit.name, len(targets), (*unusable, *refused), written, seconds)
+
+    def _write(self, unit: Unit, targets: list[RowTargets]) -> int:
+        storage, info = open_storage(self._job.uri), self._job.info
+        return write_unit(storage, info, unit, targets, lambda: fence(storage, info.name, self._job.run))

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cache import MtpdError, Plan, RecipeError
+from cache import MtpdError, Plan, RecipeError, open_storage
 from services import demo as demonstration
-from services.precompute import FillResult, fill, plan_teacher, used_teachers
+from services.precompute import FillResult, fill, plan_teacher, refuse_too_large, used_teachers
 from services.present import complain, duration, say, size, table
 from services.train import ap, train
 from trainer import Recipe, StageResult, TargetSource, load_recipe, stage_config
@@ -26,7 +26,7 @@ TeacherName = Annotated[str | None, typer.Option("--teacher", help="Only this te
 Online = Annotated[
     TargetSource, typer.Option("--targets", help="Read the cache, or run the teacher beside the student.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Begin even if the plan does not fit the disk.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on even if the plan does not fit the disk.")]
 
 
 @app.command()
@@ -34,15 +34,18 @@ def plan(
     recipe: RecipeFile,
     teacher: TeacherName = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    force: Force = False,
 ) -> None:
-    """Images, views, buckets, units and bytes of each teacher. Arithmetic only; nothing is computed or written."""
+    """Images, views, buckets, units and bytes of each teacher; exit code 1 if they do not fit the disk. Writes nothing."""
     content = load_recipe(recipe)
     plans = [plan_teacher(content, name) for name in _teachers(content, teacher)]
     if as_json:
         typer.echo(json.dumps([_plan_record(p, len(content.policy)) for p in plans], indent=1))
-        return
-    for one in plans:
-        _show_plan(one, len(content.policy))
+    else:
+        for one in plans:
+            _show_plan(one, len(content.policy))
+    if not force:
+        refuse_too_large(open_storage(content.cache.uri), plans)
 
 
 @app.command()

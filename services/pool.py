@@ -4,6 +4,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import ray
@@ -65,10 +66,11 @@ class Pool:
         Raises:
             MtpdError: an actor met an error of the user's; the rest is not tried.
         """
-        queue = deque(units)
+        # millions of units are handed out from their generator, never held at once
+        source, queue = iter(units), deque[Unit]()
         started = time.monotonic()
         noticed = False
-        while queue or any(worker.held for worker in self._workers):
+        while self._refill(source, queue) or any(worker.held for worker in self._workers):
             self._hand_out(queue)
             waiting = self._references()
             done, _ = ray.wait(waiting, num_returns=1, timeout=1.0)
@@ -92,6 +94,11 @@ class Pool:
     def _start(self) -> _Worker:
         actor = self._create()
         return _Worker(actor, actor.load.remote())
+
+    def _refill(self, source: Iterator[Unit], queue: deque[Unit]) -> bool:
+        """Keep as many units queued as all workers could take at once. Returns whether there are any."""
+        queue.extend(islice(source, max(0, PIPELINE_DEPTH * len(self._workers) - len(queue))))
+        return bool(queue)
 
     def _references(self) -> list[Any]:
         return [ref for w in self._workers for ref in ([w.loading] if not w.ready else w.held)]

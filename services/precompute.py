@@ -1,29 +1,29 @@
 """The driver of a precompute: plan, lease, pool of teacher actors, manifest."""
 
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cache import (
     BudgetError,
     GroupInfo,
-    Index,
     Lease,
-    LocalStorage,
     Plan,
+    Storage,
     compact,
-    existing_slots,
+    load_index,
     make_plan,
     open_storage,
     prepare,
-    read_table,
 )
 from services import cluster
 from services.actor import ActorJob, TeacherActor
 from services.pool import Pool, SetAside
 from services.present import Progress, say, size
 from trainer import Failure, Recipe, read_annotations, teacher_info
+
+# the manifest's parts are folded when so many are new, and a quarter of those folded before: work stays linear in units
+_PARTS = 256
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ def used_teachers(recipe: Recipe) -> list[str]:
 
 def plan_teacher(recipe: Recipe, teacher: str) -> Plan:
     """The plan of one teacher over what is committed. Nothing is written."""
-    info = teacher_info(recipe, teacher)
-    storage = open_storage(recipe.cache.uri)
-    return _plan(recipe, storage, info, Index(read_table(storage, info.name, info.levels)))
+    return _plan(recipe, open_storage(recipe.cache.uri), teacher_info(recipe, teacher))
 
 
 def fill(recipe: Recipe, teacher: str, *, force: bool = False) -> FillResult:
@@ -78,45 +76,47 @@ def fill(recipe: Recipe, teacher: str, *, force: bool = False) -> FillResult:
     info = teacher_info(recipe, teacher)
     storage = open_storage(recipe.cache.uri)
     with Lease(storage, info.name) as lease:
-        plan = _plan(recipe, storage, info, Index(compact(storage, info.name, info.levels)))
+        compact(storage, info)
+        plan = _plan(recipe, storage, info)
         if plan.todo == 0:
             say(f"teacher {teacher}: all {plan.total:,} rows are in the cache")
             return FillResult(teacher, info.name, plan.total, 0, (), 0, plan.stored_bytes, 0.0, 0.0)
-        _refuse_too_large(storage, plan, force)
+        if not force:
+            refuse_too_large(storage, [plan])
         prepare(storage, plan)
-        result = _run(recipe, plan, lease.check, started)
+        result = _run(recipe, storage, plan, lease, started)
         lease.check()
-        compact(storage, info.name, info.levels)
+        compact(storage, info)
     return result
 
 
-def _plan(recipe: Recipe, storage: LocalStorage, info: GroupInfo, committed: Index) -> Plan:
+def _plan(recipe: Recipe, storage: Storage, info: GroupInfo) -> Plan:
     images = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").images
     return make_plan(
         images,
         recipe.policy,
         info,
-        committed=committed,
-        existing_slots=existing_slots(storage, info),
+        committed=load_index(storage, info),
         unit_rows=recipe.cache.unit_rows,
     )
 
 
-def _run(recipe: Recipe, plan: Plan, check: Callable[[], None], started: float) -> FillResult:
+def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: float) -> FillResult:
     teacher = plan.info.teacher
-    units = list(plan.units())
-    job = ActorJob(recipe.cache.uri, plan.info, recipe.teachers[teacher], recipe.policy, recipe.dataset.train.img_dir)
+    job = ActorJob(
+        recipe.cache.uri, lease.run, plan.info, recipe.teachers[teacher], recipe.policy, recipe.dataset.train.img_dir
+    )
     cluster.connect()
-    actors = min(recipe.actors.max, len(units))
+    actors = min(recipe.actors.max, plan.todo_units)
     cpus, gpus = (cluster.share(getattr(recipe.actors, f"{r.lower()}s"), r, actors) for r in ("CPU", "GPU"))
     create = lambda: TeacherActor.options(num_cpus=cpus, num_gpus=gpus).remote(job)  # noqa: E731
     failures: list[Failure] = []
-    computed, written, device_seconds = 0, 0, 0.0
+    computed, written, device_seconds, parts, folded = 0, 0, 0.0, 0, 0
     with Progress(f"teacher {teacher}", plan.total, plan.total - plan.todo) as progress:
         pool = Pool(create, actors, min(recipe.actors.min, actors), progress.notice)
         try:
-            for outcome in pool.run(units):
-                check()
+            for outcome in pool.run(plan.units()):
+                lease.check()
                 progress.begin(pool.begun)
                 if isinstance(outcome, SetAside):
                     failures += [Failure(r.image_id, r.view, r.file_name, outcome.reason) for r in outcome.unit.rows]
@@ -127,6 +127,9 @@ def _run(recipe: Recipe, plan: Plan, check: Callable[[], None], started: float) 
                 written += outcome.written_bytes
                 device_seconds += outcome.device_seconds
                 progress.advance(outcome.rows, len(outcome.failures))
+                parts += outcome.rows > 0
+                if parts > max(_PARTS, folded // 4):
+                    folded, parts = folded + compact(storage, plan.info), 0
         finally:
             pool.close()
     now = time.monotonic()
@@ -136,11 +139,16 @@ def _run(recipe: Recipe, plan: Plan, check: Callable[[], None], started: float) 
     )
 
 
-def _refuse_too_large(storage: LocalStorage, plan: Plan, force: bool) -> None:
-    storage.root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(storage.root).free
-    if plan.todo_bytes > free and not force:
+def refuse_too_large(storage: Storage, plans: Sequence[Plan]) -> None:
+    """Stop before a disk is filled that cannot hold what is left to write.
+
+    Raises:
+        BudgetError: it does not fit; object storage always does.
+    """
+    free, needed = storage.free_bytes(), sum(plan.todo_bytes for plan in plans)
+    if free is not None and needed > free:
         raise BudgetError(
-            f"cache.uri: the plan needs {size(plan.todo_bytes)} more and {storage.root} has {size(free)} free. "
-            "Free some, choose another disk, store fewer levels (teachers.NAME.levels) or views, or pass --force."
+            f"cache.uri: the plan needs {size(needed)} more and {storage.where()} has {size(free)} free. Free some, choose "
+            "another disk, store fewer levels (teachers.NAME.levels), pool the finest (teachers.NAME.pool), use int4 or fewer "
+            "views, or pass --force."
         )

@@ -20,8 +20,9 @@ from trainer.dataset import ViewedDataset, ViewSampler, epoch_order
 from trainer.distiller import Distiller
 from trainer.recipe import Recipe, StageSpec, TeacherSpec, load_recipe, parse_recipe
 from trainer.scenes import CLASSES, SceneOptions, generate
-from trainer.stage import StageResult, TargetSource, open_stage, stage_config, stage_dir, teacher_info, train_stage
-from trainer.targets import TeacherMaps, assemble
+from trainer.stage import StageResult, open_stage, train_stage
+from trainer.stage_config import TargetSource, stage_config, stage_dir, teacher_info
+from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
 from trainer.teacher import Teacher, TeacherOutput, describe, fingerprint_record
 from trainer.transforms import ApplyView, LoadTeacherTargets
 
@@ -29,8 +30,10 @@ __all__ = [
     "CLASSES",
     "Annotations",
     "ApplyView",
+    "CachedMaps",
     "Distiller",
     "Failure",
+    "LiveMaps",
     "LoadTeacherTargets",
     "Recipe",
     "SceneOptions",
@@ -52,6 +55,7 @@ __all__ = [
     "load_recipe",
     "open_stage",
     "parse_recipe",
+    "pool_student",
     "read_annotations",
     "stage_config",
     "stage_dir",

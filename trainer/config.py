@@ -1,5 +1,6 @@
 """mmdet configs by path or by mmengine's ``mmdet::`` notation, with errors that name the key of the recipe."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,8 @@ def plain(value: Any, drop: frozenset[str] = frozenset()) -> Any:
 def resolve(name: str) -> str:
     """Make a config's path absolute; ``mmdet::`` names stay as they are."""
     return name if "::" in name else str(Path(name).expanduser().absolute())
+
+
+def plain_dict(config: Any) -> Any:
+    """A config as plain dicts, a copy; tuples stay, for some of mmdet's transforms take no list."""
+    return copy.deepcopy(config.to_dict())

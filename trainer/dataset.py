@@ -1,5 +1,6 @@
 """The training set as (image, view) pairs, and the order in which a student meets them."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,7 +8,10 @@ import numpy as np
 from mmdet.registry import DATA_SAMPLERS, DATASETS
 from mmengine.dataset import BaseDataset
 from mmengine.dist import get_dist_info
+from mmengine.logging import print_log
 from torch.utils.data import Dataset, Sampler
+
+from cache import CorruptShardError
 
 
 @DATASETS.register_module()
@@ -17,11 +21,13 @@ class ViewedDataset(Dataset[dict[str, Any]]):
     Args:
         dataset: config of the data set; its pipeline holds `ApplyView`.
         views: number of views.
+        on_damage: ``skip`` takes the same view of the next image where a row of the cache is damaged, and counts that in the
+            sample's ``damaged_rows``; ``error`` stops.
     """
 
-    def __init__(self, dataset: dict[str, Any], views: int) -> None:
+    def __init__(self, dataset: dict[str, Any], views: int, on_damage: str = "error") -> None:
         self.dataset: BaseDataset = DATASETS.build(dataset)
-        self.views = views
+        self.views, self.on_damage = views, on_damage
 
     @property
     def metainfo(self) -> dict[str, Any]:
@@ -40,14 +46,25 @@ class ViewedDataset(Dataset[dict[str, Any]]):
         return self.dataset.get_data_info(index // self.views)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        damaged = 0
         for attempt in range(len(self.dataset)):
             # a pipeline may refuse an image, for having no box left: the same view of the next one takes its place
             info = self.get_data_info((index + attempt * self.views) % len(self))
             info["view"] = index % self.views
-            sample = self.dataset.pipeline(info)
+            try:
+                sample = self.dataset.pipeline(info)
+            except CorruptShardError as error:
+                if self.on_damage != "skip":
+                    raise
+                print_log(f"image {info['img_id']} is skipped: {error}", "current", logging.WARNING)
+                damaged += 1
+                continue
             if sample is not None:
+                sample["data_samples"].set_metainfo({"damaged_rows": damaged})
                 return sample
-        raise ValueError("the training pipeline refuses every image of the data set")
+        raise ValueError(
+            "the training pipeline refuses every image of the data set, or every row of the cache is damaged"
+        )
 
 
 @DATA_SAMPLERS.register_module()

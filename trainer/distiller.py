@@ -15,7 +15,7 @@ from trainer.capture import captured, flatten, measure_levels
 from trainer.checkpoint import inherit, load_strict, read_weights
 from trainer.mechanisms import MECHANISMS
 from trainer.recipe import TeacherSpec
-from trainer.targets import TeacherMaps, assemble
+from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
 from trainer.teacher import Teacher
 
 
@@ -23,13 +23,13 @@ from trainer.teacher import Teacher
 class Distiller(BaseModel):
     """A student that is trained on its own losses and on a teacher's features.
 
-    Every sample carries its teacher's features as ``teacher_maps``: `LoadTeacherTargets` read them from the cache, or the
-    live teacher gives them here. Prediction is the student's alone.
+    Every sample comes with its teacher's features: as ``teacher_maps``, which `LoadTeacherTargets` read from the cache, or
+    from the live teacher here. Prediction is the student's alone.
 
     Args:
         student: config of the detector.
         mechanisms: configs of the mechanisms; none trains the student alone.
-        teacher_levels: what the teacher gives, ``{"P3": [256, 8], ...}``: channels and stride.
+        teacher_levels: what the teacher gives, ``{"P3": [256, 8, 1], ...}``: channels, stride and pooling window.
         capture: modules of the student whose maps are matched.
         checkpoint: weights of the student to start from.
         inherit_from: a teacher's checkpoint whose neck and heads the student takes over.
@@ -60,7 +60,8 @@ class Distiller(BaseModel):
         if mechanisms:
             ours = measure_levels(self.student, self.capture, "student.capture")
             self._level_names = [level.name for level in ours]
-            theirs = [Level(name, int(c), int(s)) for name, (c, s) in (teacher_levels or {}).items()]
+            theirs = [Level(name, *map(int, numbers)) for name, numbers in (teacher_levels or {}).items()]
+            self._windows = {level.name: level.pool for level in theirs}
             for name, spec in zip(_names(mechanisms), mechanisms, strict=True):
                 arguments = {key: value for key, value in spec.items() if key != "type"}
                 self.mechanisms[name] = MECHANISMS.get(spec["type"])(ours, theirs, **arguments)
@@ -69,6 +70,11 @@ class Distiller(BaseModel):
     def teacher_forwards(self) -> int:
         """Images that the live teacher saw."""
         return self.data_preprocessor.teacher_forwards
+
+    @property
+    def damaged_rows(self) -> int:
+        """Rows of the cache that were skipped, for their bytes were damaged."""
+        return self.data_preprocessor.damaged_rows
 
     def init_weights(self) -> None:
         """The student's weights: from its checkpoint, else as its config says, then inherited ones over them."""
@@ -94,6 +100,7 @@ class Distiller(BaseModel):
         used = {level for mechanism in self.mechanisms.values() for level in mechanism.pairs}
         targets, valid = {}, {}
         for level in used:
+            maps[level] = pool_student(maps[level], [m.map_sizes[level] for m in batch], self._windows[level])
             targets[level], valid[level] = assemble(batch, level, maps[level].shape[-2:])
         for name, mechanism in self.mechanisms.items():
             losses[f"loss_{name}"] = mechanism(maps, targets, valid)
@@ -101,24 +108,37 @@ class Distiller(BaseModel):
 
 
 class _Preprocessor(nn.Module):
-    """The student's data preprocessor; before it, the live teacher looks at the pixels as they were loaded."""
+    """The student's data preprocessor, and what brings each sample its teacher's features.
+
+    The live teacher looks at the pixels as they were loaded; features from the cache travel to the device still quantised.
+    """
 
     def __init__(self, student: nn.Module, live_teacher: dict[str, Any] | None) -> None:
         super().__init__()
         self.student = student
         self.teacher_forwards = 0
+        self.damaged_rows = 0
         # in a list, so that it is no submodule: it must stay in eval mode and out of the checkpoints
         self._teacher = [] if live_teacher is None else [_live(live_teacher)]
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        if training and self._teacher:
-            self._teacher[0].to(self.student.device)
-            for image, sample in zip(data["inputs"], data["data_samples"], strict=True):
-                # one image at a time, padded to its own shape, for a target must not depend on its batch-mates
-                output = self._teacher[0]([image], detect=False)
-                sample.teacher_maps = TeacherMaps({name: m[0] for name, m in output.features.items()}, {})
-                self.teacher_forwards += 1
-        return self.student(data, training)
+        cached: Sequence[CachedMaps] = data.pop("teacher_maps", ())
+        live = [self._look(image) for image in data["inputs"]] if training and self._teacher else ()
+        data = self.student(data, training)
+        if training and (cached or live):
+            # from pinned memory the copies run beside the computation
+            moved = live or [m.to(self.student.device, non_blocking=True) for m in cached]
+            for sample, maps in zip(data["data_samples"], moved, strict=True):
+                sample.teacher_maps = maps
+                self.damaged_rows += sample.metainfo.get("damaged_rows", 0)
+        return data
+
+    def _look(self, image: Tensor) -> LiveMaps:
+        self._teacher[0].to(self.student.device)
+        # one image at a time, padded to its own shape, for a target must not depend on its batch-mates
+        output = self._teacher[0]([image], detect=False)
+        self.teacher_forwards += 1
+        return LiveMaps({name: maps[0] for name, maps in output.features.items()}, output.map_sizes)
 
 
 def _live(spec: dict[str, Any]) -> Teacher:

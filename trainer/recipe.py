@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from cache import Precision, RecipeError, ViewPolicy
+from cache import Compression, Precision, RecipeError, ViewPolicy
 from trainer.config import resolve
 from trainer.mechanisms import check_mechanism
 
@@ -92,11 +92,29 @@ class ViewsSpec(_Spec):
 
 
 class CacheSpec(_Spec):
-    """Where targets are stored, and how: ``unit_rows`` overrides how many rows make a unit."""
+    """Where targets are stored, and how.
+
+    Attributes:
+        uri: a path, or ``s3://``, ``gs://``, ``az://`` with bucket and prefix.
+        compression: ``zstd`` saves little (a tenth of int8) and costs the mapped reader its speed.
+        unit_rows: how many rows make a unit; by default about 128 MiB of them.
+        local_dir, local_bytes: a folder on each machine that keeps what training read of a cache in object storage.
+        on_damage: what training does about a row whose bytes are damaged: stop, or ``skip`` the image and count it.
+    """
 
     uri: str
     precision: Precision = "int8"
+    compression: Compression = "none"
     unit_rows: PositiveInt | None = None
+    local_dir: str | None = None
+    local_bytes: PositiveInt | None = None
+    on_damage: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def _bound_of_a_folder(self) -> "CacheSpec":
+        if self.local_bytes is not None and self.local_dir is None:
+            raise ValueError("local_bytes is the bound of local_dir, which is not given")
+        return self
 
 
 class ActorsSpec(_Spec):
@@ -123,6 +141,7 @@ class TeacherSpec(_Spec):
     Attributes:
         capture: modules whose maps are the features, by their names in the detector.
         levels: which of the captured levels are stored; all by default.
+        pool: levels stored as averages over windows, ``{P3: 2}`` for windows of 2 x 2; the student's map is averaged alike.
         autocast: dtype of the forward pass; float32 where it is null.
         batch_size: views in one forward pass.
     """
@@ -132,6 +151,7 @@ class TeacherSpec(_Spec):
     cfg_options: dict[str, Any] = {}
     capture: Annotated[tuple[str, ...], Field(min_length=1)] = ("neck",)
     levels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    pool: dict[str, Annotated[int, Field(ge=2, le=16)]] = {}
     autocast: Literal["bfloat16", "float16"] | None = None
     batch_size: PositiveInt = 1
 

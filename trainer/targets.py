@@ -2,42 +2,74 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from cache import decode
+from cache import RowLayout, decode, pool
+
+
+class TeacherMaps(Protocol):
+    """One image's features, wherever they come from.
+
+    Attributes:
+        map_sizes: per level the rows and columns of the detector's own map, before pooling.
+    """
+
+    @property
+    def map_sizes(self) -> dict[str, tuple[int, int]]: ...
+
+    def level(self, name: str) -> Tensor:
+        """A level's map (C, h, w) float32, pooled where the recipe says so."""
 
 
 @dataclass
-class TeacherMaps:
-    """One image's features as they travel with its data sample: still quantised, so that little is moved.
+class CachedMaps:
+    """Features as they travel from the cache to the student's device: still quantised, all in one piece.
 
     Attributes:
-        values: per level (C, h, w), int8, float16 or float32.
-        scales: per level (C,) float32; absent where the values are floats.
+        buffer: uint8, every level's maps and scales.
+        layout: where each lies in the buffer.
     """
 
-    values: dict[str, Tensor]
-    scales: dict[str, Tensor]
+    buffer: Tensor
+    layout: RowLayout
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TeacherMaps":
-        """The same on another device; mmdet's data preprocessor calls this."""
-        return TeacherMaps(
-            {name: v.to(device, non_blocking=non_blocking) for name, v in self.values.items()},
-            {name: s.to(device, non_blocking=non_blocking) for name, s in self.scales.items()},
-        )
+    @property
+    def map_sizes(self) -> dict[str, tuple[int, int]]:
+        """Per level the rows and columns of the detector's own map."""
+        return self.layout.map_sizes
 
-    def cuda(self) -> "TeacherMaps":
-        """The same on the current GPU."""
-        return self.to("cuda")
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "CachedMaps":
+        """The same on another device."""
+        return CachedMaps(self.buffer.to(device, non_blocking=non_blocking), self.layout)
 
-    def pin_memory(self) -> "TeacherMaps":
+    def pin_memory(self) -> "CachedMaps":
         """The same in pinned memory; torch's DataLoader calls this."""
-        return TeacherMaps(
-            {name: v.pin_memory() for name, v in self.values.items()},
-            {name: s.pin_memory() for name, s in self.scales.items()},
-        )
+        return CachedMaps(self.buffer.pin_memory(), self.layout)
+
+    def level(self, name: str) -> Tensor:
+        """A level's map, dequantised on the device of the buffer."""
+        scales = self.layout.scales(self.buffer)
+        return decode(self.layout.features(self.buffer)[name], scales.get(name), self.layout.sizes[name])
+
+
+@dataclass
+class LiveMaps:
+    """Features that a live teacher gave.
+
+    Attributes:
+        maps: per level (C, h, w), pooled where the recipe says so.
+        map_sizes: per level the rows and columns before pooling.
+    """
+
+    maps: dict[str, Tensor]
+    map_sizes: dict[str, tuple[int, int]]
+
+    def level(self, name: str) -> Tensor:
+        """A level's map."""
+        return self.maps[name].float()
 
 
 def assemble(batch: Sequence[TeacherMaps], level: str, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -51,12 +83,29 @@ def assemble(batch: Sequence[TeacherMaps], level: str, size: tuple[int, int]) ->
     Returns:
         Maps (N, C, H, W) float32, zero outside each image's own map, and the mask (N, 1, H, W) bool of those own maps.
     """
-    first = batch[0].values[level]
     height, width = size
-    maps = torch.zeros(len(batch), first.shape[0], height, width, device=first.device)
-    valid = torch.zeros(len(batch), 1, height, width, dtype=torch.bool, device=first.device)
-    for n, targets in enumerate(batch):
-        own = decode(targets.values[level], targets.scales.get(level))[:, :height, :width]
-        maps[n, :, : own.shape[1], : own.shape[2]] = own
-        valid[n, :, : own.shape[1], : own.shape[2]] = True
+    own = [targets.level(level)[:, :height, :width] for targets in batch]
+    maps = torch.zeros(len(own), own[0].shape[0], height, width, device=own[0].device)
+    valid = torch.zeros(len(own), 1, height, width, dtype=torch.bool, device=own[0].device)
+    for n, one in enumerate(own):
+        maps[n, :, : one.shape[1], : one.shape[2]] = one
+        valid[n, :, : one.shape[1], : one.shape[2]] = True
     return maps, valid
+
+
+def pool_student(maps: Tensor, own: Sequence[tuple[int, int]], window: int) -> Tensor:
+    """Average a student's maps as the teacher's stored ones were: over windows, and in each image's own map only.
+
+    Args:
+        maps: (N, C, H, W).
+        own: per image the rows and columns of its own map.
+
+    Returns:
+        (N, C, ceil(H / window), ceil(W / window)).
+    """
+    if window == 1:
+        return maps
+    inside = torch.zeros_like(maps[:, :1])
+    for n, (rows, columns) in enumerate(own):
+        inside[n, :, :rows, :columns] = 1
+    return pool(maps * inside, window) / pool(inside, window).clamp(min=1e-6)

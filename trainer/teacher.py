@@ -1,7 +1,7 @@
 """An mmdet detector as a teacher: targets of a batch, in one forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from mmdet.structures import DetDataSample
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from cache import FORMAT_VERSION, Detections, GroupInfo, Level, TeacherLoadError, ViewPolicy
+from cache import FORMAT_VERSION, Compression, Detections, GroupInfo, Level, TeacherLoadError, ViewPolicy, pool
 from trainer.capture import captured, flatten, measure_levels
 from trainer.checkpoint import load_strict, sha256
 from trainer.config import load_config, plain
@@ -27,12 +27,14 @@ class TeacherOutput:
     """Targets of a batch.
 
     Attributes:
-        features: per level (N, C, h, w), floating point, on the teacher's device.
+        features: per level (N, C, h, w), floating point, on the teacher's device; pooled where the recipe says so.
         detections: one per image, boxes in pixels of the images given; empty if they were not asked for.
+        map_sizes: per level rows and columns before pooling.
     """
 
     features: dict[str, Tensor]
     detections: list[Detections]
+    map_sizes: dict[str, tuple[int, int]]
 
 
 class Teacher:
@@ -56,7 +58,7 @@ class Teacher:
         load_strict(model, spec.checkpoint, f"{self._key}.checkpoint")
         self._model = model.float().to(self.device).eval().requires_grad_(False)
         self._all_levels = measure_levels(self._model, spec.capture, f"{self._key}.capture")
-        self.levels = select_levels(self._all_levels, spec.levels, f"{self._key}.levels")
+        self.levels = select_levels(self._all_levels, spec, self._key)
 
     def to(self, device: torch.device) -> None:
         """Move to another device; nothing happens if it is there."""
@@ -87,16 +89,17 @@ class Teacher:
             else:
                 self._model.extract_feat(inputs)
         maps = flatten(outputs, self._spec.capture, f"{self._key}.capture")
-        features = {}
+        features, stored = {}, {level.name: level for level in self.levels}
         for level, feature_map in zip(self._all_levels, maps, strict=True):
             if feature_map.shape[1:] != (level.channels, *level.map_size(*inputs.shape[-2:])):
                 raise TeacherLoadError(
                     f"{self._key}.capture: level {level.name} is {tuple(feature_map.shape[1:])} for a padded view of "
                     f"{tuple(inputs.shape[-2:])}, not the ceiling of its stride {level.stride}."
                 )
-            if level in self.levels:
-                features[level.name] = feature_map
-        return TeacherOutput(features, [_detections(sample) for sample in samples] if detect else [])
+            if level.name in stored:
+                features[level.name] = pool(feature_map.float(), stored[level.name].pool)
+        found = [_detections(sample) for sample in samples] if detect else []
+        return TeacherOutput(features, found, {level.name: level.map_size(*inputs.shape[-2:]) for level in self.levels})
 
 
 def build_model(spec: TeacherSpec, name: str) -> nn.Module:
@@ -107,17 +110,21 @@ def build_model(spec: TeacherSpec, name: str) -> nn.Module:
     return MODELS.build(config.model)
 
 
-def select_levels(levels: Sequence[Level], names: Sequence[str] | None, key: str) -> tuple[Level, ...]:
-    """The levels that are stored: all of them, or those named.
+def select_levels(levels: Sequence[Level], spec: TeacherSpec, key: str) -> tuple[Level, ...]:
+    """The levels that are stored: all of them or those named, pooled as the recipe says.
 
     Raises:
-        TeacherLoadError: a level that the captured modules do not give.
+        TeacherLoadError: a level that the captured modules do not give, or that is pooled but not stored.
     """
     known = {level.name: level for level in levels}
-    for name in names or ():
+    for name in spec.levels or ():
         if name not in known:
-            raise TeacherLoadError(f"{key}: {name!r} is not among the captured levels {', '.join(known)}.")
-    return tuple(levels) if names is None else tuple(known[name] for name in names)
+            raise TeacherLoadError(f"{key}.levels: {name!r} is not among the captured levels {', '.join(known)}.")
+    stored = list(known) if spec.levels is None else list(spec.levels)
+    for name in spec.pool:
+        if name not in stored:
+            raise TeacherLoadError(f"{key}.pool: {name!r} is not among the stored levels {', '.join(stored)}.")
+    return tuple(replace(known[name], pool=spec.pool.get(name, 1)) for name in stored)
 
 
 def fingerprint_record(spec: TeacherSpec, name: str, policy: ViewPolicy, precision: str) -> dict[str, Any]:
@@ -129,19 +136,20 @@ def fingerprint_record(spec: TeacherSpec, name: str, policy: ViewPolicy, precisi
         "checkpoint_sha256": sha256(spec.checkpoint),
         "capture": list(spec.capture),
         "levels": None if spec.levels is None else list(spec.levels),
+        "pool": dict(sorted(spec.pool.items())),
         "autocast": spec.autocast,
         "views": policy.to_json(),
         "precision": precision,
     }
 
 
-def describe(spec: TeacherSpec, name: str, record: dict[str, Any]) -> GroupInfo:
+def describe(spec: TeacherSpec, name: str, record: dict[str, Any], compression: Compression = "none") -> GroupInfo:
     """What a teacher's group will hold: builds the detector with random weights to measure its levels."""
     model = build_model(spec, name).eval()
     levels = measure_levels(model, spec.capture, f"teachers.{name}.capture")
     divisor = getattr(model.data_preprocessor, "pad_size_divisor", 1)
-    levels = select_levels(levels, spec.levels, f"teachers.{name}.levels")
-    return GroupInfo(name, record, levels, record["precision"], divisor)
+    levels = select_levels(levels, spec, f"teachers.{name}")
+    return GroupInfo(name, record, levels, record["precision"], divisor, compression)
 
 
 def _sample(image: Tensor) -> DetDataSample:

@@ -8,7 +8,7 @@ from mmdet.datasets.transforms import RandomFlip, Resize
 from mmdet.registry import TRANSFORMS
 
 from cache import TeacherCache, ViewPolicy
-from trainer.targets import TeacherMaps
+from trainer.targets import CachedMaps
 
 
 @TRANSFORMS.register_module()
@@ -44,21 +44,29 @@ class ApplyView(BaseTransform):
 class LoadTeacherTargets(BaseTransform):
     """Give a packed sample its teacher's features, as stored; they are dequantised on the student's device.
 
-    Goes behind ``PackDetInputs``, whose ``meta_keys`` must include ``view``. The sample gets ``teacher_maps``, a
-    `TeacherMaps`.
+    Goes behind ``PackDetInputs``, whose ``meta_keys`` must include ``img_id`` and ``view``. The sample gets
+    ``teacher_maps``, a `CachedMaps`.
 
     Args:
         uri: the cache.
         teacher: the teacher's name.
         fingerprint: the fingerprint record that is wanted; anything else is refused.
         levels: levels to read; all by default.
+        local_dir, local_bytes: see `TeacherCache.open`.
     """
 
     def __init__(
-        self, uri: str, teacher: str, fingerprint: dict[str, Any] | None = None, levels: list[str] | None = None
+        self,
+        uri: str,
+        teacher: str,
+        fingerprint: dict[str, Any] | None = None,
+        levels: list[str] | None = None,
+        local_dir: str | None = None,
+        local_bytes: int | None = None,
     ) -> None:
-        self.cache = TeacherCache.open(uri, teacher, fingerprint=fingerprint)
-        self.levels = list(self.cache.levels) if levels is None else levels
+        self.cache = TeacherCache.open(
+            uri, teacher, fingerprint=fingerprint, levels=levels, local_dir=local_dir, local_bytes=local_bytes
+        )
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Read one row.
@@ -66,12 +74,9 @@ class LoadTeacherTargets(BaseTransform):
         Raises:
             MissingRowsError: it is not committed.
             CorruptShardError: it is damaged.
+            StorageError: the object storage does not answer.
         """
         sample = results["data_samples"]
-        targets = self.cache[sample.img_id, sample.view]
         # a copy: a view would drag its whole shard along when a loader's worker hands it over
-        results["data_samples"].teacher_maps = TeacherMaps(
-            {name: targets.features[name].clone() for name in self.levels},
-            {name: targets.scales[name].clone() for name in self.levels if name in targets.scales},
-        )
-        return results
+        targets = self.cache[sample.img_id, sample.view].copy()
+        return {**results, "teacher_maps": CachedMaps(targets.buffer, targets.layout)}

@@ -9,18 +9,16 @@ from cache import (
     Detections,
     GroupInfo,
     Images,
-    Index,
     Level,
-    LocalStorage,
     Plan,
     RowTargets,
+    Storage,
     Unit,
     ViewPolicy,
     encode,
-    existing_slots,
+    load_index,
     make_plan,
     prepare,
-    read_table,
     write_unit,
 )
 
@@ -71,14 +69,11 @@ def targets(group: GroupInfo, unit: Unit, skip: Iterable[int] = ()) -> list[RowT
     return result
 
 
-def plan(storage: LocalStorage, group: GroupInfo, wanted: Images, unit_rows: int | None = 4) -> Plan:
-    committed = Index(read_table(storage, group.name, group.levels))
-    return make_plan(
-        wanted, POLICY, group, committed=committed, existing_slots=existing_slots(storage, group), unit_rows=unit_rows
-    )
+def plan(storage: Storage, group: GroupInfo, wanted: Images, unit_rows: int | None = 4) -> Plan:
+    return make_plan(wanted, POLICY, group, committed=load_index(storage, group), unit_rows=unit_rows)
 
 
-def fill(storage: LocalStorage, group: GroupInfo, wanted: Images, *, skip: Iterable[int] = ()) -> Plan:
+def fill(storage: Storage, group: GroupInfo, wanted: Images, *, skip: Iterable[int] = ()) -> Plan:
     """Precompute everything that is missing."""
     made = plan(storage, group, wanted)
     prepare(storage, made)

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache import decode, encode
+from cache import decode, encode, pool
+from cache.codec import pack, unpack
 
 
 def maps(seed: int, magnitude: float = 1.0) -> torch.Tensor:
@@ -25,9 +26,9 @@ def test_int8_is_off_by_at_most_half_a_step(seed: int, magnitude: float) -> None
 
 def test_the_recorded_error_is_the_real_one() -> None:
     original = maps(3)
-    for precision in ("int8", "float16"):
+    for precision in ("int8", "int4", "float16"):
         stored = encode(original, precision)
-        restored = decode(stored.values, stored.scales)
+        restored = decode(stored.values, stored.scales, (7, 9))
         noise = (restored - original).double().square().sum(dim=(1, 2, 3))
         expected = 10 * torch.log10(original.double().square().sum(dim=(1, 2, 3)) / noise)
         torch.testing.assert_close(stored.snr.double(), expected, rtol=1e-5, atol=1e-4)
@@ -41,7 +42,7 @@ def test_a_channel_of_zeros_stays_zero_and_loses_nothing() -> None:
     assert torch.isinf(stored.snr).all()
 
 
-@pytest.mark.parametrize("precision", ["int8", "float16"])
+@pytest.mark.parametrize("precision", ["int8", "int4", "float16"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_one_bad_value_marks_its_image_and_no_other(precision: str, value: float) -> None:
     original = maps(1)
@@ -52,3 +53,43 @@ def test_one_bad_value_marks_its_image_and_no_other(precision: str, value: float
 def test_overflow_of_float16_is_not_finite() -> None:
     assert encode(torch.full((1, 1, 2, 2), 1e6), "float16").finite.tolist() == [False]
     assert encode(torch.full((1, 1, 2, 2), 1e6), "int8").finite.tolist() == [True]
+
+
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 5))
+def test_two_numbers_to_a_byte_come_back(seed: int, height: int, width: int) -> None:
+    numbers = torch.randint(-8, 8, (2, 3, height, width), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    packed = pack(numbers)
+    assert packed.shape == (2, 3, -(-height * width // 2))
+    assert torch.equal(unpack(packed, (height, width)), numbers)
+
+
+@pytest.mark.parametrize("tail", [1.0, 3.0, 8.0])
+def test_int4_clips_where_the_squared_error_is_least(tail: float) -> None:
+    # heavy tails: the best clipping point lies far inside the largest value
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(1, 6, 40, 40, generator=generator)
+    original = original.sign() * original.abs() ** tail
+    stored = encode(original, "int4")
+    assert stored.scales is not None
+    error = (decode(stored.values, stored.scales, (40, 40)) - original).square().sum(dim=(2, 3))[0]
+    peaks = original.abs().amax(dim=(2, 3))[0]
+    tried = []
+    for ratio in torch.linspace(0.01, 1, 200):
+        scale = (peaks * ratio / 7)[None, :, None, None]
+        tried.append((((original / scale).round().clamp(-7, 7) * scale) - original).square().sum(dim=(2, 3))[0])
+    assert (error <= torch.stack(tried).amin(dim=0) * 1.03).all()
+
+
+def test_int4_of_an_odd_number_of_values_and_of_zeros() -> None:
+    original = torch.zeros(1, 2, 3, 3)
+    original[0, 1] = torch.arange(9).view(3, 3)
+    stored = encode(original, "int4")
+    restored = decode(stored.values, stored.scales, (3, 3))
+    assert torch.equal(restored[0, 0], original[0, 0])
+    assert (restored - original).abs().max() <= 1
+
+
+def test_pooling_averages_what_is_inside() -> None:
+    maps = torch.arange(15.0).view(1, 1, 3, 5)
+    assert torch.equal(pool(maps, 2), torch.tensor([[[[3.0, 5.0, 6.5], [10.5, 12.5, 14.0]]]]))
+    assert pool(maps, 1) is maps

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache import GroupInfo, Images, Index, Level, LocalStorage, StaleCacheError, ViewPolicy, make_plan
+from cache import GroupInfo, Images, Level, LocalStorage, StaleCacheError, ViewPolicy, make_plan
 from tests.cache import make
 
 sizes = st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), min_size=1, max_size=40)
@@ -54,13 +54,11 @@ def test_an_interrupted_plan_goes_on_with_the_same_places(tmp_path) -> None:
 def test_images_added_later_go_behind_and_committed_rows_stay(tmp_path) -> None:
     storage, group = LocalStorage(tmp_path), make.info()
     make.fill(storage, group, make.images(10))
-    before = {
-        key: Index(make.read_table(storage, group.name, group.levels)).find(*key) for key in [(1, 0), (10, 1), (5, 1)]
-    }
+    before = {key: make.load_index(storage, group).find(*key) for key in [(1, 0), (10, 1), (5, 1)]}
     grown = make.plan(storage, group, make.images(16))
     assert grown.todo == 12
     make.fill(storage, group, make.images(16))
-    index = Index(make.read_table(storage, group.name, group.levels))
+    index = make.load_index(storage, group)
     assert len(index) == 32
     assert {key: index.find(*key) for key in before} == before
 
@@ -75,7 +73,7 @@ def test_another_data_set_with_the_same_ids_is_refused(tmp_path) -> None:
         )
 
 
-@pytest.mark.parametrize("precision", ["int8", "float16"])
+@pytest.mark.parametrize("precision", ["int8", "float16", "int4"])
 def test_planned_bytes_are_the_bytes_on_disk(tmp_path, precision: str) -> None:
     storage, group = LocalStorage(tmp_path), make.info(precision=precision)
     plan = make.fill(storage, group, make.images(23))

@@ -1,6 +1,6 @@
 """A precompute in this process, without ray: the same units, the same computation, the same writer."""
 
-from cache import Index, Lease, compact, existing_slots, make_plan, open_storage, prepare, read_table, write_unit
+from cache import Lease, compact, load_index, make_plan, open_storage, prepare, write_unit
 from trainer import Recipe, Teacher, UnitComputer, read_annotations, teacher_info
 
 
@@ -14,8 +14,7 @@ def fill(recipe: Recipe, name: str) -> list:
             images,
             recipe.policy,
             info,
-            committed=Index(read_table(storage, info.name, info.levels)),
-            existing_slots=existing_slots(storage, info),
+            committed=load_index(storage, info),
             unit_rows=recipe.cache.unit_rows,
         )
         prepare(storage, plan)
@@ -25,5 +24,5 @@ def fill(recipe: Recipe, name: str) -> list:
             failures += failed
             if targets:
                 write_unit(storage, info, unit, targets)
-        compact(storage, info.name, info.levels)
+        compact(storage, info)
     return failures

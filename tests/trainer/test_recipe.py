@@ -24,7 +24,7 @@ def edited(content: dict, key: str, value: object) -> dict:
         ("dataset.val.img_dir", "nowhere", r"dataset\.val\.img_dir: no such folder"),
         ("views.flip", "vertical", r"views\.flip: .*'both' or 'none'.*got 'vertical'"),
         ("views.scale", [0, 800], r"views\.scale\.0\.0: .*greater than 0.*got 0"),
-        ("cache.precision", "int3", r"cache\.precision: .*'float16' or 'int8'.*got 'int3'"),
+        ("cache.precision", "int3", r"cache\.precision: .*'float16', 'int8' or 'int4'.*got 'int3'"),
         ("teachers.small.config", "mmdet.py", r"teachers\.small\.config: no such config file"),
         ("teachers.small.checkpoint", "x.pth", r"teachers\.small\.checkpoint: no such file"),
         ("teachers.small.autocast", "int8", r"teachers\.small\.autocast: .*'bfloat16' or 'float16'"),
