@@ -16,6 +16,7 @@ from cache.errors import (
     StorageError,
     TeacherLoadError,
 )
+from cache.gc import Garbage, find_garbage, remove, whole_group
 from cache.layout import FORMAT_VERSION, Compression, GroupInfo, Level, Precision, differences, level_name
 from cache.lease import Lease, fence
 from cache.manifest import Index, compact, load_index, part_names
@@ -23,6 +24,7 @@ from cache.plan import Bucket, Images, Plan, Row, Unit, make_plan
 from cache.reader import TeacherCache, find_group, list_groups
 from cache.storage import LocalStorage, Storage, open_storage
 from cache.targets import RowLayout, Targets
+from cache.verify import Damage, Report, repair, verify
 from cache.views import View, ViewPolicy, padded, resized
 from cache.writer import RowTargets, prepare, write_unit
 
@@ -32,8 +34,10 @@ __all__ = [
     "BudgetError",
     "Compression",
     "CorruptShardError",
+    "Damage",
     "Detections",
     "Encoded",
+    "Garbage",
     "GroupInfo",
     "Images",
     "Index",
@@ -46,6 +50,7 @@ __all__ = [
     "Plan",
     "Precision",
     "RecipeError",
+    "Report",
     "Row",
     "RowLayout",
     "RowTargets",
@@ -63,6 +68,7 @@ __all__ = [
     "differences",
     "encode",
     "fence",
+    "find_garbage",
     "find_group",
     "level_name",
     "list_groups",
@@ -73,6 +79,10 @@ __all__ = [
     "part_names",
     "pool",
     "prepare",
+    "remove",
+    "repair",
     "resized",
+    "verify",
+    "whole_group",
     "write_unit",
 ]

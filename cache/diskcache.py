@@ -5,12 +5,13 @@ its label and a checksum, so that whatever happens to the folder, a row is eithe
 """
 
 import fcntl
+import hashlib
 import os
 import shutil
 import struct
-import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from cache.shard import Bytes
 _END = struct.Struct("<QI")
 _COUNTER = struct.Struct("<q")
 _COUNTER_NAME = "bytes.count"
+# rows lie in a folder of their own: what else is in the folder that the user gave is not counted, and never deleted
+_OWN = "mtpd-rows"
 # after an eviction so much of the bound is in use: the folder is listed once for many rows that are added
 _KEEP = 0.9
-_STALE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class DiskCache:
     """Rows on the local disk.
 
     Attributes:
-        folder: created when the first row is kept.
+        folder: created when the first row is kept. It may hold other files.
         limit: bytes that the rows may take together.
     """
 
@@ -41,33 +43,24 @@ class DiskCache:
 
     def get(self, name: str, label: int, nbytes: int) -> Bytes | None:
         """A row's bytes (nbytes,), or None if they are not here."""
-        path = self.folder / name
+        path = self.folder / _OWN / name
         try:
             content = np.fromfile(path, np.uint8)
-            os.utime(path)
         except OSError:
             return None
-        if content.size != nbytes + _END.size:
+        data = content[:nbytes]
+        if content.size != nbytes + _END.size or content[nbytes:].tobytes() != _end(name, label, data):
             return None
-        end = _END.pack(label, _checksum(content[:nbytes]))
-        return content[:nbytes] if content[nbytes:].tobytes() == end else None
+        with suppress(OSError):  # gone meanwhile, or a disk that can only be read: the row is right all the same
+            os.utime(path)
+        return data
 
     def put(self, name: str, label: int, data: Bytes) -> None:
         """Keep a row. A disk that is full or refuses is no error: the row is then not kept."""
-        size = data.size + _END.size
-        if size > self.limit:
+        if data.size + _END.size > self.limit:
             return
-        path = self.folder / name
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._reserve(size)
-            with temporary.open("xb") as file:
-                file.write(data.data)
-                file.write(_END.pack(label, _checksum(data)))
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._put(self.folder / _OWN / name, data, _end(name, label, data))
 
     def used_bytes(self) -> int:
         """Bytes that rows take now, counted file by file."""
@@ -75,40 +68,54 @@ class DiskCache:
 
     def clear(self) -> None:
         """Forget every row."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder / _OWN, ignore_errors=True)
 
-    def _reserve(self, size: int) -> None:
-        """Count ``size`` bytes more, after making room for them: the bound holds before the row is written.
+    def _put(self, path: Path, data: Bytes, end: bytes) -> None:
+        """Make room for a row, count it, write it.
 
-        The count is one number in a file, under a lock that all processes share; each eviction makes it true again.
+        The count is one number in a file, and who holds the lock on that file is the only one to add, rename and delete: so
+        the bound holds at every moment. It may be too high (a killed writer, a row that was there before), never too low;
+        each eviction makes it true again.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / _COUNTER_NAME).open("a+b") as file:
+        size = data.size + len(end)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        count = self.folder / _OWN / _COUNTER_NAME
+        count.touch()
+        with count.open("r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
             content = file.read()
-            used = _COUNTER.unpack(content)[0] if len(content) == _COUNTER.size else self.limit + 1
+            used = _COUNTER.unpack(content)[0] if len(content) == _COUNTER.size else self.limit
             if used + size > self.limit:
                 used = self._evict(int(self.limit * _KEEP) - size)
-            file.truncate(0)
+            if used + size > self.limit:
+                return
+            file.seek(0)
             file.write(_COUNTER.pack(used + size))
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+            try:
+                with temporary.open("xb") as row:
+                    row.write(data.data)
+                    row.write(end)
+                temporary.replace(path)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
 
     def _evict(self, target: int) -> int:
         """Delete rows, oldest use first, until ``target`` bytes are left. Returns what is left."""
         files = sorted(self._files())
         used = sum(size for _, size, _ in files)
-        now = time.time()
-        for last_use, size, path in files:
-            if path.name.startswith(".") and now - last_use < _STALE_SECONDS:
-                continue  # being written
+        for _, size, path in files:
             if used <= target:
                 break
-            path.unlink(missing_ok=True)
-            used -= size
+            with suppress(OSError):
+                path.unlink()
+                used -= size
         return used
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        for parent, _, names in os.walk(self.folder):
+        """When each file was last used, its size, and where it is. What a killed writer left counts as oldest."""
+        for parent, _, names in os.walk(self.folder / _OWN):
             for name in names:
                 if name == _COUNTER_NAME:
                     continue
@@ -117,10 +124,12 @@ class DiskCache:
                     status = path.stat()
                 except OSError:
                     continue
-                yield status.st_mtime, status.st_size, path
+                yield 0.0 if name.startswith(".") else status.st_mtime, status.st_size, path
 
 
-def _checksum(data: Bytes) -> int:
+def _end(name: str, label: int, data: Bytes) -> bytes:
+    """What follows a row's bytes: its label, combined with its name, for other caches hold rows of the same label."""
+    place = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     data = data.view()
     data.flags.writeable = False  # the C function takes no other buffer
-    return int(google_crc32c.value(data))
+    return _END.pack(label ^ place, int(google_crc32c.value(data)))

@@ -46,16 +46,17 @@ def write_changed(storage: Storage, wanted: Mapping[str, Any]) -> list[str]:
     written = []
     for name, document in wanted.items():
         stored = read_document(storage, name)
-        if stored is not None and stored.get("node_type") == "array":
-            document = lengthened(document, stored)
-        if stored != document:
-            storage.write(name, [json.dumps(document, indent=1).encode()], durable=False)
+        longer = lengthened(document, stored) if stored else document
+        if stored != longer:
+            storage.write(name, [json.dumps(longer, indent=1).encode()], durable=False)
             written.append(name)
     return written
 
 
 def lengthened(document: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """An array's document with as many rows as the longer of the two."""
+    """A document; an array's with as many rows as the longer of the two."""
+    if document["node_type"] != "array":
+        return document
     try:
         rows = max(int(document["shape"][0]), int(stored["shape"][0]))
     except (KeyError, TypeError, ValueError, IndexError):

@@ -14,6 +14,7 @@ from cache.errors import CorruptShardError, StaleCacheError
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.parquet"
+MANIFEST_COPY = "manifest.copy.parquet"
 LEASE = "lease.json"
 Precision = Literal["float16", "int8", "int4"]
 Compression = Literal["none", "zstd"]

@@ -133,6 +133,14 @@ class Lease:
         )
 
 
+def is_held(storage: Storage, group: str) -> bool:
+    """Whether a run holds a group's lease, as far as can be told at once: one of another machine may have died."""
+    try:
+        return not _is_dead(storage.read(f"{group}/{LEASE}"))
+    except FileNotFoundError:
+        return False
+
+
 def fence(storage: Storage, group: str, run: str) -> None:
     """Stop a writer whose run no longer holds the lease, before it writes over what another run wrote.
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from cache.errors import CorruptShardError
 from cache.hierarchy import read_document
-from cache.layout import MANIFEST, GroupInfo, bucket_size, part
+from cache.layout import MANIFEST, MANIFEST_COPY, GroupInfo, bucket_size, part
 from cache.sealed import BrokenSealError, seal, unseal
 from cache.storage import Storage
 
@@ -68,7 +68,7 @@ def read_table(storage: Storage, info: GroupInfo, columns: Sequence[str] | None 
     """
     wanted = [name for name in columns or schema(info).names if name in schema(info).names]
     while True:
-        tables = [_empty(info, wanted)]
+        tables = [empty(info, wanted)]
         try:
             tables += [read_one(storage, name, info, wanted) for name in part_names(storage, info)]
         except FileNotFoundError:
@@ -107,10 +107,21 @@ def compact(storage: Storage, info: GroupInfo) -> int:
     """
     names = part_names(storage, info)
     if names:
-        _write(storage, f"{info.name}/{MANIFEST}", _unique(read_table(storage, info)))
-        for name in names:
-            storage.delete(name)
+        replace(storage, info, read_table(storage, info), names)
     return len(names)
+
+
+def replace(storage: Storage, info: GroupInfo, rows: pa.Table, parts: Sequence[str]) -> None:
+    """Make ``rows`` the compacted manifest, then remove parts that it covers.
+
+    It is written twice: one flipped byte must not cost the record of every row. What is killed on the way leaves both, or
+    one of them and the parts.
+    """
+    rows = _unique(rows)
+    for name in (MANIFEST, MANIFEST_COPY):
+        _write(storage, f"{info.name}/{name}", rows)
+    for name in parts:
+        storage.delete(name)
 
 
 def load_index(storage: Storage, info: GroupInfo) -> "Index":
@@ -135,7 +146,7 @@ def _write(storage: Storage, name: str, rows: pa.Table) -> None:
     storage.write(name, [seal(rows.replace_schema_metadata(None), name, ["bucket"])])
 
 
-def _empty(info: GroupInfo, columns: Sequence[str]) -> pa.Table:
+def empty(info: GroupInfo, columns: Sequence[str]) -> pa.Table:
     table = schema(info).empty_table().select(list(columns))
     if "bucket" not in columns:
         return table

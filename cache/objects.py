@@ -19,6 +19,8 @@ import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
+    GenericError,
+    NotSupportedError,
     PermissionDeniedError,
     PreconditionError,
     UnauthenticatedError,
@@ -28,8 +30,10 @@ from obstore.store import ObjectStore, from_url
 from cache.errors import MtpdError, RecipeError, StorageError
 from cache.storage import Entry
 
-SCHEMES = ("s3", "gs", "az")
+# each with what the names of its variables in the environment begin with
+SCHEMES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 _CLIENT = {"timeout": "120s", "connect_timeout": "10s"}
+_CLIENT_FROM_ENVIRONMENT = ("allow_http", "allow_invalid_certificates", "proxy_url")
 _RETRY = {
     "max_retries": 8,
     "retry_timeout": timedelta(minutes=3),
@@ -38,13 +42,16 @@ _RETRY = {
 # what the client does not repeat by itself: answers that break off in the middle
 _TRIES = 6
 _FIRST_PAUSE = 0.2
+# the client may need minutes to give up: after so many no further try is begun
+_PATIENCE_SECONDS = 240.0
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 _PART_BYTES = 32 * 2**20
 _CONCURRENCY = 16
 _T = TypeVar("_T")
 _used_by: int | None = None
 
 
-class ChangedObjectError(ValueError):
+class ChangedObjectError(StorageError):
     """An object is not the one that was looked at before."""
 
 
@@ -95,7 +102,13 @@ class ObjectStorage:
         """The last ``length`` bytes (fewer if there are not so many), the size of the whole, and its entity tag."""
 
         def get(store: ObjectStore) -> tuple[bytes, int, str]:
-            result = obstore.get(store, name, options={"range": {"suffix": length}})
+            try:
+                result = obstore.get(store, name, options={"range": {"suffix": length}})
+            except (GenericError, NotSupportedError):
+                # Azure gives no range from the end, and no store one of an empty object
+                size = int(obstore.head(store, name)["size"])
+                wanted = (max(0, size - length), size)
+                result = obstore.get(store, name, options={"range": wanted} if size else None)
             return bytes(result.bytes()), int(result.meta["size"]), str(result.meta["e_tag"])
 
         return self._try(name, get)
@@ -110,7 +123,9 @@ class ObjectStorage:
         try:
             return self._try(name, lambda store: bytes(obstore.get(store, name, options=options).bytes()))
         except PreconditionError:
-            raise ChangedObjectError(f"{self.where(name)} was written anew while it was read") from None
+            raise ChangedObjectError(
+                f"{self.where(name)}: was written anew while it was read, again and again. Run the same command again."
+            ) from None
 
     def map(self, function: Callable[[Any], _T], items: Iterable[Any]) -> list[_T]:
         """Apply a function that waits for the storage to many items at once."""
@@ -119,7 +134,7 @@ class ObjectStorage:
     def write(self, name: str, buffers: Iterable[bytes | memoryview], *, durable: bool = True) -> int:
         """Put an object; it appears when it is complete."""
         content = b"".join(buffers)
-        self._try(name, lambda store: obstore.put(store, name, content, chunk_size=_PART_BYTES))
+        self._try(name, lambda store: obstore.put(store, name, content, chunk_size=_PART_BYTES), writes=True)
         return len(content)
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
@@ -163,7 +178,7 @@ class ObjectStorage:
             return True
         mode: Any = "create" if tag is None else {"e_tag": tag}
         try:
-            self._try(name, lambda store: obstore.put(store, name, new, mode=mode))
+            self._try(name, lambda store: obstore.put(store, name, new, mode=mode), writes=True)
         except (AlreadyExistsError, PreconditionError):
             # the answer to a put that succeeded may have been lost, and its repetition refused
             try:
@@ -175,12 +190,12 @@ class ObjectStorage:
     def free_bytes(self) -> None:
         """Not known of object storage."""
 
-    def _try(self, name: str, operation: Callable[[ObjectStore], _T]) -> _T:
-        pause = _FIRST_PAUSE
+    def _try(self, name: str, operation: Callable[[ObjectStore], _T], *, writes: bool = False) -> _T:
+        started, pause = time.monotonic(), _FIRST_PAUSE
         for attempt in range(1, _TRIES + 1):
             try:
                 return operation(_store(self.uri))
-            except (FileNotFoundError, AlreadyExistsError, PreconditionError):
+            except (AlreadyExistsError, PreconditionError):
                 raise
             except (PermissionDeniedError, UnauthenticatedError) as error:
                 raise RecipeError(
@@ -188,11 +203,18 @@ class ObjectStorage:
                     "write there, in the environment or by the machine's role."
                 ) from None
             except (BaseError, OSError) as error:
-                if attempt == _TRIES:
+                if any(sign in str(error) for sign in _NO_BUCKET):
+                    raise RecipeError(
+                        f"cache.uri: {self.where(name)}: there is no such bucket. Create it, or correct its name."
+                    ) from None
+                # a write that finds nothing: of an upload in parts the last answer was lost, and its repetition refused
+                if isinstance(error, FileNotFoundError) and not writes:
+                    raise FileNotFoundError(f"{self.where(name)} is not there") from None
+                if attempt == _TRIES or time.monotonic() - started > _PATIENCE_SECONDS:
                     raise StorageError(
-                        f"{self.where(name)}: the storage does not answer as it should, after {_TRIES} tries "
-                        f"({_brief(error)}). What was committed stays; check the bucket's name and the network, then run the "
-                        "same command again."
+                        f"{self.where(name)}: the storage does not answer as it should, after {attempt} tries "
+                        f"({_brief(error)}). What was committed stays; check the network and the service, then run the same "
+                        "command again."
                     ) from None
                 time.sleep(pause * random.uniform(0.5, 1.5))
                 pause *= 2
@@ -201,8 +223,11 @@ class ObjectStorage:
 
 @lru_cache(maxsize=16)
 def _open(uri: str, _process: int) -> ObjectStore:
-    # a bucket's name alone is not enough for http endpoints such as a local test server: the environment says so
-    store: ObjectStore = from_url(uri, client_options=_CLIENT, retry_config=_RETRY)  # type: ignore[call-overload]
+    prefix = SCHEMES[uri.partition("://")[0]]
+    # options that are given replace all that the environment says of the client, such as that a local server speaks http
+    said = {key: os.environ.get(f"{prefix}_{key.upper()}") for key in _CLIENT_FROM_ENVIRONMENT}
+    options = _CLIENT | {key: value for key, value in said.items() if value}
+    store: ObjectStore = from_url(uri, client_options=options, retry_config=_RETRY)  # type: ignore[call-overload]
     return store
 
 
@@ -232,6 +257,9 @@ def _with_tag(store: ObjectStore, name: str) -> tuple[bytes, str | None]:
 
 
 def _brief(error: Exception) -> str:
-    """The first line of an error, without the parameters of a request, in which a signature may be."""
-    lines = str(error).strip().splitlines()
-    return re.sub(r"\?\S*", "", lines[0] if lines else repr(type(error)))[:300]
+    """What an error says, without what may hold a credential: parameters, a user in an address, the answer's body."""
+    text = str(error).partition("\n\nDebug source")[0]
+    code = re.search(r"<Code>(\w{1,64})</Code>", text)
+    text = re.split(r"[<{\n]", text, maxsplit=1)[0]
+    text = re.sub(r"\?\S*", "", re.sub(r"//[^/\s]*@", "//", text)).strip(" :")[:300]
+    return f"{text}: {code[1]}" if code else text

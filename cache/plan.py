@@ -189,10 +189,11 @@ class Plan:
             index = int(rows[start]) // bucket.slots
             lo, hi = np.searchsorted(occupied, (index * bucket.slots, (index + 1) * bucket.slots))
             wanted = zip(members[start:end].tolist(), rows[start:end].tolist(), strict=True)
-            todo = tuple(self._row(member, row) for member, row in wanted)
+            todo = tuple(self.row(member, row) for member, row in wanted)
             yield Unit(bucket.name, index, bucket.slots, todo, tuple(occupied[lo:hi].tolist()))
 
-    def _row(self, member: int, row: int) -> Row:
+    def row(self, member: int, row: int) -> Row:
+        """One (image, view) at a row of its bucket; ``member`` is ``image * views + view``, the image by its position."""
         images = self.images
         position, view = divmod(member, len(self.policy))
         width, height = images.widths[position], images.heights[position]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,9 +119,14 @@ class Targets:
             for name, values in self.features.items()
         }
 
-    def copy(self) -> "Targets":
-        """The same in memory of its own: one buffer, which no shard keeps alive and which travels in one piece."""
-        buffer = torch.empty(self.layout.nbytes, dtype=torch.uint8)
+    def copy(self, out: Tensor | None = None) -> "Targets":
+        """The same in memory of its own: one buffer, which no shard keeps alive and which travels in one piece.
+
+        Args:
+            out: the buffer to use, uint8, of ``layout.nbytes`` or more.
+        """
+        # numpy asks for huge pages, torch does not: half of the time of a copy is page faults without them
+        buffer = torch.from_numpy(np.empty(self.layout.nbytes, np.uint8)) if out is None else out
         rows = self.layout.rows(buffer.numpy())
         for own, row in zip(rows, self._rows, strict=True):
             own[:] = row

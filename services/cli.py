@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cache import MtpdError, Plan, RecipeError, open_storage
+from cache import CorruptShardError, MtpdError, Plan, RecipeError, open_storage
 from services import demo as demonstration
+from services import maintain
 from services.precompute import FillResult, fill, plan_teacher, refuse_too_large, used_teachers
 from services.present import complain, duration, say, size, table
 from services.train import ap, train
@@ -25,6 +26,9 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YA
 TeacherName = Annotated[str | None, typer.Option("--teacher", help="Only this teacher.")]
 Online = Annotated[
     TargetSource, typer.Option("--targets", help="Read the cache, or run the teacher beside the student.")
+]
+CacheOrRecipe = Annotated[
+    str, typer.Argument(metavar="CACHE|RECIPE", help="A cache (path or URI), or a recipe (YAML).")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Go on even if the plan does not fit the disk.")]
 
@@ -94,6 +98,55 @@ def config(
     if stage > len(content.stages):
         raise RecipeError(f"--stage {stage}: {recipe} has {len(content.stages)} stages.")
     typer.echo(stage_config(content, stage, targets).pretty_text)
+
+
+@app.command()
+def verify(
+    target: CacheOrRecipe,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Take damaged units out of the manifest; with a recipe compute them again.")
+    ] = False,
+    sample: Annotated[
+        int | None,
+        typer.Option("--sample", min=1, help="Run the live teacher on so many rows and compare. Needs a recipe."),
+    ] = None,
+) -> None:
+    """Check every byte of a cache. With a recipe: of its teachers, and against the live teacher if a sample is asked for."""
+    place = maintain.open_target(target)
+    reports = maintain.check(place)
+    damaged = any(report.damages for report in reports)
+    if repair:
+        for result in maintain.mend(place, reports):
+            _show_fill(result)
+    elif damaged:
+        raise CorruptShardError(
+            f"{place.storage.where()}: damaged. Run `mtpd verify {target} --repair`; rows that are not damaged stay."
+        )
+    if sample is not None and (error := maintain.disagreement(maintain.sample(place, sample))):
+        raise error
+
+
+@app.command()
+def gc(
+    target: CacheOrRecipe,
+    superseded: Annotated[
+        bool, typer.Option("--superseded", help="Also groups under other fingerprints than the recipe's.")
+    ] = False,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Also teachers of which every stage of the recipe is trained.")
+    ] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete/--dry-run", help="Remove it; by default it is only listed.")
+    ] = False,
+) -> None:
+    """What no manifest covers, and (if asked for) groups that the recipe does not need. Lists it; removes it on demand."""
+    place = maintain.open_target(target)
+    found = maintain.garbage(place, superseded=superseded, finished=finished)
+    maintain.show_garbage(found)
+    if delete:
+        maintain.delete(place, found)
+    elif found:
+        say("nothing was removed; --delete does")
 
 
 @app.command()

@@ -19,6 +19,7 @@ from trainer.compute import Failure, UnitComputer
 from trainer.dataset import ViewedDataset, ViewSampler, epoch_order
 from trainer.distiller import Distiller
 from trainer.recipe import Recipe, StageSpec, TeacherSpec, load_recipe, parse_recipe
+from trainer.sample import Agreement, SampleReport, compare_sample
 from trainer.scenes import CLASSES, SceneOptions, generate
 from trainer.stage import StageResult, open_stage, train_stage
 from trainer.stage_config import TargetSource, stage_config, stage_dir, teacher_info
@@ -28,6 +29,7 @@ from trainer.transforms import ApplyView, LoadTeacherTargets
 
 __all__ = [
     "CLASSES",
+    "Agreement",
     "Annotations",
     "ApplyView",
     "CachedMaps",
@@ -36,6 +38,7 @@ __all__ = [
     "LiveMaps",
     "LoadTeacherTargets",
     "Recipe",
+    "SampleReport",
     "SceneOptions",
     "StageResult",
     "StageSpec",
@@ -48,6 +51,7 @@ __all__ = [
     "ViewSampler",
     "ViewedDataset",
     "assemble",
+    "compare_sample",
     "describe",
     "epoch_order",
     "fingerprint_record",

@@ -61,13 +61,22 @@ class UnitComputer:
 
     def decode(self, unit: Unit) -> tuple[list[Pixels], list[Failure]]:
         """Read a unit's images, each once, and make their views. Images that cannot be used are returned as failures."""
-        by_image = [list(rows) for _, rows in groupby(unit.rows, key=lambda row: row.image_id)]
+        return self.decode_rows(unit.rows)
+
+    def decode_rows(self, rows: Sequence[Row]) -> tuple[list[Pixels], list[Failure]]:
+        """`decode` of some rows; those of one image follow each other."""
+        by_image = [list(group) for _, group in groupby(rows, key=lambda row: row.image_id)]
         views: list[Pixels] = []
         failures: list[Failure] = []
         for pixels, failed in self._pool.map(self._decode_image, by_image):
             views += pixels
             failures += failed
         return views, failures
+
+    def maps(self, pixels: Pixels) -> dict[str, torch.Tensor]:
+        """The teacher's maps of one view as they would be quantised: per level (C, h, w) float32 on the CPU."""
+        output = self._teacher([pixels.image], detect=False)
+        return {name: maps[0].float().cpu() for name, maps in output.features.items()}
 
     def compute(self, views: Sequence[Pixels]) -> tuple[list[RowTargets], list[Failure]]:
         """Run the teacher and quantise on its device. Rows with NaN or Inf are refused and returned as failures."""

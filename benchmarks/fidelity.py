@@ -1,0 +1,201 @@
+"""What the precision of the cached targets costs: the same student trained from online, float16, int8 and int4 targets.
+
+One arm is one training of the demo's student (RetinaNet, ResNet-18 of 16 channels; neck and heads inherited from the
+demo's Swin teacher) on generated scenes with one mechanism, one source of targets and one seed. The seed decides the
+student's weights, the order of images and their views, so that arms of one seed differ in their targets alone: ``online``
+is the teacher in float32 beside the student, the others are caches that are filled here first. Box AP is of the last
+epoch, in points, on scenes that nobody was trained on. Runs in this one process, without ray.
+
+Run from the repository's root. Arms that are in --json already are not trained again, an arm that was killed goes on::
+
+    OMP_NUM_THREADS=1 python -m benchmarks.fidelity --json fidelity.json --dir /tmp/fidelity
+
+The table's ``+-`` is the sample standard deviation over seeds. A difference is paired by seed, arm minus online; it is
+beyond the noise where the two-sided 95 % interval of its mean (Student's t) does not hold zero. float16 is the control:
+its targets are right to 11 bits, and what it differs by is what rounding alone does to a training.
+"""
+
+import json
+import logging
+import math
+import shutil
+import statistics
+import time
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student_t
+
+from tests.trainer import precompute
+from trainer import Recipe, SceneOptions, generate, parse_recipe, train_stage
+
+Arms = dict[str, dict[str, Any]]
+
+DEMO = Path(__file__).parent.parent / "recipes" / "demo"
+SOURCES = ("online", "float16", "int8", "int4")
+SCALE = (192, 144)  # what the teacher was trained at
+BATCH = 4
+# few, large objects: a student finds some of them after few epochs
+SCENES = SceneOptions(max_objects=4, min_size=0.2, clutter=3.0)
+FIRST_VAL_ID = 1_000_001  # behind every scene that the teacher was trained on
+# PKD's weight is the demo's; the others' make the loss as large as PKD's after 15 iterations, 2 to 3 times the detector's own
+MECHANISMS: dict[str, dict[str, Any]] = {
+    "PKDLoss": {"loss_weight": 1.0},
+    "MGDLoss": {"loss_weight": 1e-5},
+    "FeatureMatchingLoss": {"loss_weight": 0.3, "normalize": True},
+}
+
+
+def arm_name(mechanism: str, source: str, seed: int) -> str:
+    """The arm's name in the results, and of its folder."""
+    return f"{mechanism}-{source}-{seed}"
+
+
+def draw(data: Path, images: int, val_images: int) -> None:
+    """Generate the scenes, unless they are there."""
+    if not (data / "annotations" / "val.json").exists():
+        generate(data, "train", images, seed=0, options=SCENES)
+        generate(data, "val", val_images, seed=0, first_id=FIRST_VAL_ID, options=SCENES)
+
+
+def make_recipe(root: Path, mechanism: str, source: str, seed: int, epochs: int) -> Recipe:
+    """The recipe of one arm."""
+    data = root / "data"
+    dataset = {s: {"ann_file": data / "annotations" / f"{s}.json", "img_dir": data / s} for s in ("train", "val")}
+    teacher = {"config": DEMO / "retinanet_swin_w32.py", "checkpoint": DEMO / "swin_w32.pth", "batch_size": 4}
+    student = {
+        "config": DEMO / "retinanet_r18_w16.py",
+        "inherit": True,
+        "cfg_options": {"train_dataloader.batch_size": BATCH},
+    }
+    stage = {"teacher": "swin", "mechanisms": [{"type": mechanism, **MECHANISMS[mechanism]}], "epochs": epochs}
+    return parse_recipe(
+        {
+            "dataset": dataset,
+            "views": {"scale": list(SCALE), "flip": "both"},
+            "cache": {"uri": str(root / "cache" / source), "precision": "float16" if source == "online" else source},
+            "teachers": {"swin": teacher},
+            "student": student,
+            "stages": [stage],
+            "training": {"seed": seed},
+            "work_dir": str(root / "arms" / arm_name(mechanism, source, seed)),
+        },
+        "fidelity",
+    )
+
+
+def train(recipe: Recipe, source: str) -> dict[str, Any]:
+    """One arm, its cache filled first where rows are missing. Keeps the numbers, and nothing on disk."""
+    if source != "online" and (failures := precompute.fill(recipe, "swin")):
+        raise RuntimeError(f"{source}: {len(failures)} rows failed, the first: {failures[0]}")
+    started = time.monotonic()
+    with redirect_stdout(StringIO()):  # pycocotools prints
+        result = train_stage(recipe, 1, "online" if source == "online" else "cache")
+    shutil.rmtree(recipe.work_dir)
+    metrics = {
+        name: 100 * result.metrics[f"bbox_{name}"] for name in ("mAP", "mAP_50") if f"bbox_{name}" in result.metrics
+    }
+    return {**metrics, "teacher_forwards": result.teacher_forwards, "seconds": time.monotonic() - started}
+
+
+def load(file: Path, settings: dict[str, Any]) -> Arms:
+    """The arms that are done, which must have been trained under the same settings."""
+    if not file.exists():
+        return {}
+    content = json.loads(file.read_text())
+    if content["settings"] != settings:
+        raise SystemExit(f"{file}: was measured with {content['settings']}, not {settings}. Choose another --json.")
+    return dict(content["arms"])
+
+
+def save(file: Path, settings: dict[str, Any], arms: Arms) -> None:
+    """Write all arms; a kill leaves the file before or the file after."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"settings": settings, "arms": arms}, indent=1))
+    temporary.replace(file)
+
+
+def by_seed(arms: Arms, mechanism: str, source: str) -> dict[int, float]:
+    """Box AP of the arms that are done, by seed."""
+    prefix = arm_name(mechanism, source, 0)[:-1]
+    return {int(name.removeprefix(prefix)): arm["mAP"] for name, arm in arms.items() if name.startswith(prefix)}
+
+
+def differences(arms: Arms, mechanism: str, source: str) -> list[float]:
+    """AP of the source minus AP of online, for every seed of which both are done."""
+    ours, online = by_seed(arms, mechanism, source), by_seed(arms, mechanism, "online")
+    return [ours[seed] - online[seed] for seed in sorted(ours.keys() & online.keys())]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample standard deviation."""
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2f}" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def verdict(values: list[float]) -> tuple[str, str]:
+    """The 95 % interval of a mean difference, and what it says."""
+    if len(values) < 2:
+        return "-", "one seed says nothing"
+    mean = statistics.mean(values)
+    half = float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean - half:+.2f} .. {mean + half:+.2f}", "BEYOND the noise" if abs(mean) > half else "within the noise"
+
+
+def show(arms: Arms, console: Console) -> None:
+    """Both tables: AP of every arm, and the differences to online."""
+    reached = Table("mechanism", *SOURCES, title="box AP, mean +- deviation over seeds")
+    paired = Table("mechanism", "targets", "pairs", "difference to online", "95 % interval", "", title="paired by seed")
+    for mechanism in MECHANISMS:
+        reached.add_row(mechanism, *(spread(list(by_seed(arms, mechanism, source).values())) for source in SOURCES))
+    for source in SOURCES[1:]:
+        per_mechanism = {mechanism: differences(arms, mechanism, source) for mechanism in MECHANISMS}
+        for name, values in (*per_mechanism.items(), ("all", sum(per_mechanism.values(), []))):
+            paired.add_row(name, source, str(len(values)), spread(values), *verdict(values))
+    console.print(reached)
+    console.print(paired)
+
+
+def main(
+    json_path: Annotated[Path, typer.Option("--json", help="Results; appended to.")],
+    root: Annotated[Path, typer.Option("--dir", help="Scenes, caches and the arm under way; may be kept.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of every arm.")] = 3,
+    images: Annotated[int, typer.Option(min=8, help="Scenes to train on.")] = 300,
+    val_images: Annotated[int, typer.Option(min=1, help="Scenes to evaluate on.")] = 200,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of every arm.")] = 4,
+    only: Annotated[str, typer.Option(help="Train arms whose name holds this, such as PKDLoss-int8.")] = "",
+) -> None:
+    """Train what is missing, then show all that is there."""
+    console = Console(width=120)
+    logging.disable(logging.INFO)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    root = root.absolute()
+    counts = {"images": images, "val_images": val_images, "epochs": epochs, "batch": BATCH, "scale": list(SCALE)}
+    settings = {**counts, "scenes": asdict(SCENES), "mechanisms": MECHANISMS}
+    arms = load(json_path, settings)
+    draw(root / "data", images, val_images)
+    # seed by seed, so that a study that is stopped is whole for the seeds before
+    for seed in range(seeds):
+        for mechanism in MECHANISMS:
+            for source in SOURCES:
+                name = arm_name(mechanism, source, seed)
+                if name in arms or only not in name:
+                    continue
+                arms[name] = train(make_recipe(root, mechanism, source, seed, epochs), source)
+                save(json_path, settings, arms)
+                console.print(f"{name}: AP {arms[name]['mAP']:.2f} in {arms[name]['seconds']:.0f} s")
+    show(arms, console)
+
+
+if __name__ == "__main__":
+    typer.run(main)

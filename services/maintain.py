@@ -1,0 +1,217 @@
+"""What keeps a cache sound: `verify`, its repair, and `gc`. Works on a cache alone, and on a recipe for what needs one."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from cache import (
+    CorruptShardError,
+    Garbage,
+    GroupInfo,
+    LeaseHeldError,
+    MtpdError,
+    RecipeError,
+    Report,
+    Storage,
+    find_garbage,
+    list_groups,
+    open_storage,
+    remove,
+    repair,
+    verify,
+    whole_group,
+)
+from services.precompute import FillResult, fill, used_teachers
+from services.present import complain, say, size, table
+from trainer import Recipe, SampleReport, compare_sample, load_recipe, stage_dir, teacher_info
+
+_LINE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a command was pointed at: a cache, or the cache of a recipe.
+
+    Attributes:
+        recipe: None for a cache alone.
+    """
+
+    storage: Storage
+    recipe: Recipe | None
+
+    def groups(self) -> list[GroupInfo]:
+        """The groups that the command is about: of the recipe's teachers, or all."""
+        if self.recipe is None:
+            return list_groups(self.storage)
+        # not read from the cache alone: attributes that are damaged can then be written anew
+        return [teacher_info(self.recipe, name) for name in used_teachers(self.recipe)]
+
+
+def open_target(target: str) -> Target:
+    """A recipe if it is a YAML file, else a cache.
+
+    Raises:
+        RecipeError: neither.
+    """
+    if target.endswith((".yaml", ".yml")):
+        recipe = load_recipe(target)
+        return Target(open_storage(recipe.cache.uri), recipe)
+    if "://" not in target and not Path(target).is_dir():
+        raise RecipeError(f"{target}: neither a recipe (.yaml) nor a cache: there is no such folder.")
+    return Target(open_storage(target), None)
+
+
+def check(target: Target) -> list[Report]:
+    """Verify every byte of the target's groups, and say what was found."""
+    reports = []
+    for info in target.groups():
+        reports.append(verify(target.storage, info, _every_few_seconds(f"verifying {info.name}")))
+        _show_report(reports[-1])
+    return reports
+
+
+def mend(target: Target, reports: list[Report]) -> list[FillResult]:
+    """Repair what is damaged; with a recipe, compute the damaged units again at once."""
+    damaged = [report for report in reports if report.damages]
+    for report in damaged:
+        repair(target.storage, report)
+        say(f"{report.info.name}: {len(report.damaged_units)} damaged units taken out of the manifest")
+    if target.recipe is None:
+        if damaged:
+            teachers = " ".join(sorted({report.info.teacher for report in damaged}))
+            say(
+                f"now run `mtpd precompute RECIPE` with the recipe of {teachers}: it computes these units and no others"
+            )
+        return []
+    return [fill(target.recipe, report.info.teacher) for report in damaged]
+
+
+def sample(target: Target, count: int) -> list[SampleReport]:
+    """Compare the live teachers with the cache on ``count`` rows each, and say what was found.
+
+    Raises:
+        RecipeError: the target is a cache alone: which teacher is live, only a recipe says.
+    """
+    if target.recipe is None:
+        raise RecipeError("--sample: needs the recipe (mtpd verify RECIPE.yaml --sample N): the teacher is run again.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reports = []
+    for name in used_teachers(target.recipe):
+        reports.append(compare_sample(target.recipe, name, count, device))
+        _show_sample(name, reports[-1])
+    return reports
+
+
+def garbage(target: Target, *, superseded: bool, finished: bool) -> list[Garbage]:
+    """What nothing needs any more.
+
+    Args:
+        superseded: also groups of the recipe's teachers under other fingerprints than the recipe's.
+        finished: also groups of teachers of which every stage of the recipe is trained.
+    """
+    if (superseded or finished) and target.recipe is None:
+        raise RecipeError(
+            "--superseded, --finished: need a recipe (mtpd gc RECIPE.yaml): it says which groups are in use."
+        )
+    found: list[Garbage] = []
+    for info in list_groups(target.storage):
+        reason = _why(target.recipe, info, superseded, finished) if target.recipe is not None else None
+        if reason is not None:
+            found.append(whole_group(target.storage, info, reason))
+            continue
+        try:
+            found += find_garbage(target.storage, info)
+        except CorruptShardError as error:
+            complain(f"{info.name} is left alone: {error}")
+    return found
+
+
+def show_garbage(found: list[Garbage]) -> None:
+    """One line for each kind of garbage in each group."""
+    rows = [
+        [g.info.name, g.reason, f"{len(g.names):,}", size(g.size), "by a run: left alone" if g.held else ""]
+        for g in found
+    ]
+    table("garbage", ["group", "why", "files", "bytes", "held"], rows)
+
+
+def delete(target: Target, found: list[Garbage]) -> None:
+    """Remove garbage, but for groups that a run is writing."""
+    for one in found:
+        try:
+            remove(target.storage, one)
+        except LeaseHeldError as error:
+            complain(f"{one.info.name} is left alone: {error}")
+        else:
+            say(f"{one.info.name}: {len(one.names):,} files removed ({one.reason}, {size(one.size)})")
+
+
+def _why(
+    recipe: Recipe, info: GroupInfo, superseded: bool, finished: bool
+) -> Literal["superseded", "stage is done"] | None:
+    if info.teacher not in recipe.teachers:
+        return None
+    if info.digest != teacher_info(recipe, info.teacher).digest:
+        return "superseded" if superseded else None
+    stages = [n for n, stage in enumerate(recipe.stages, start=1) if stage.teacher == info.teacher]
+    done = stages and all((stage_dir(recipe, n) / "result.json").exists() for n in stages)
+    return "stage is done" if finished and done else None
+
+
+def _every_few_seconds(title: str) -> Callable[[int, int], None]:
+    """A line on how far a check is, now and then."""
+    printed = time.monotonic()
+
+    def progress(done: int, units: int) -> None:
+        nonlocal printed
+        if time.monotonic() - printed > _LINE_SECONDS:
+            printed = time.monotonic()
+            say(f"{title}: {done:,} of {units:,} units")
+
+    return progress
+
+
+def _show_report(report: Report) -> None:
+    units = f"{report.units:,} units, {size(report.read_bytes)}"
+    say(f"{report.info.name}: {report.rows:,} rows in {units}: {len(report.damages) or 'no'} damaged files")
+    for damage in report.damages[:20]:
+        unit = "" if damage.unit is None else f" (unit {damage.unit[0]}-{damage.unit[1]:06d})"
+        complain(f"  {damage.name}{unit}: {damage.problem}")
+    if len(report.damages) > 20:
+        complain(f"  and {len(report.damages) - 20} more")
+    if report.uncommitted:
+        say(f"  {len(report.uncommitted):,} units have rows without a record (interrupted run, lost part): precompute goes on")
+
+
+def _show_sample(teacher: str, report: SampleReport) -> None:
+    rows = [
+        [
+            a.level,
+            a.rows,
+            f"{a.cosine:.5f}",
+            f"{a.least_cosine:.5f}",
+            f"{a.largest_error:.3g} ({a.largest_share:.1%})",
+            f"{a.recorded_snr:.1f}",
+            f"{a.measured_snr:.1f}",
+            "-" if a.flipped_cosine is None else f"{a.flipped_cosine:.3f}",
+        ]
+        for a in report.levels
+    ]
+    columns = ["level", "rows", "cosine", "least", "largest error", "SNR recorded", "SNR now", "flip control"]
+    table(f"{teacher}: live teacher against the cache", columns, rows)
+    for failure in report.failures:
+        complain(f"  image {failure.image_id} ({failure.file_name}) {failure.reason}")
+
+
+def disagreement(reports: list[SampleReport]) -> MtpdError | None:
+    """The error that a command ends in when live targets and cached ones are not the same."""
+    if all(report.agrees for report in reports):
+        return None
+    return MtpdError(
+        "the live teacher does not give what the cache holds. The images were changed under their names, or the software "
+        "that runs the teacher was: delete the teacher's group and precompute again."
+    )
