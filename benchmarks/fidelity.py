@@ -18,22 +18,21 @@ its targets are right to 11 bits, and what it differs by is what rounding alone 
 import json
 import logging
 import math
-import shutil
 import statistics
 import time
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import cv2
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from scipy.stats import t as student_t
 
+from services.present import say, table
 from tests.trainer import precompute
 from trainer import Recipe, SceneOptions, generate, parse_recipe, train_stage
 
@@ -93,13 +92,12 @@ def make_recipe(root: Path, mechanism: str, source: str, seed: int, epochs: int)
 
 
 def train(recipe: Recipe, source: str) -> dict[str, Any]:
-    """One arm, its cache filled first where rows are missing. Keeps the numbers, and nothing on disk."""
+    """One arm, its cache filled first where rows are missing."""
     if source != "online" and (failures := precompute.fill(recipe, "swin")):
         raise RuntimeError(f"{source}: {len(failures)} rows failed, the first: {failures[0]}")
     started = time.monotonic()
     with redirect_stdout(StringIO()):  # pycocotools prints
         result = train_stage(recipe, 1, "online" if source == "online" else "cache")
-    shutil.rmtree(recipe.work_dir)
     metrics = {
         name: 100 * result.metrics[f"bbox_{name}"] for name in ("mAP", "mAP_50") if f"bbox_{name}" in result.metrics
     }
@@ -151,23 +149,23 @@ def verdict(values: list[float]) -> tuple[str, str]:
     return f"{mean - half:+.2f} .. {mean + half:+.2f}", "BEYOND the noise" if abs(mean) > half else "within the noise"
 
 
-def show(arms: Arms, console: Console) -> None:
+def show(arms: Arms) -> None:
     """Both tables: AP of every arm, and the differences to online."""
-    reached = Table("mechanism", *SOURCES, title="box AP, mean +- deviation over seeds")
-    paired = Table("mechanism", "targets", "pairs", "difference to online", "95 % interval", "", title="paired by seed")
-    for mechanism in MECHANISMS:
-        reached.add_row(mechanism, *(spread(list(by_seed(arms, mechanism, source).values())) for source in SOURCES))
+    reached = [
+        [name, *(spread(list(by_seed(arms, name, source).values())) for source in SOURCES)] for name in MECHANISMS
+    ]
+    table("box AP, mean +- deviation over seeds", ["mechanism", *SOURCES], reached)
+    paired = []
     for source in SOURCES[1:]:
-        per_mechanism = {mechanism: differences(arms, mechanism, source) for mechanism in MECHANISMS}
-        for name, values in (*per_mechanism.items(), ("all", sum(per_mechanism.values(), []))):
-            paired.add_row(name, source, str(len(values)), spread(values), *verdict(values))
-    console.print(reached)
-    console.print(paired)
+        pairs = {mechanism: differences(arms, mechanism, source) for mechanism in MECHANISMS}
+        for name, values in {**pairs, "all": list(chain(*pairs.values()))}.items():
+            paired.append([f"{name}, {source}", len(values), spread(values), *verdict(values)])
+    table("paired by seed", ["targets", "pairs", "difference to online", "95 % interval", ""], paired)
 
 
 def main(
     json_path: Annotated[Path, typer.Option("--json", help="Results; appended to.")],
-    root: Annotated[Path, typer.Option("--dir", help="Scenes, caches and the arm under way; may be kept.")],
+    root: Annotated[Path, typer.Option("--dir", help="Scenes, caches and the arms' folders.")],
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of every arm.")] = 3,
     images: Annotated[int, typer.Option(min=8, help="Scenes to train on.")] = 300,
     val_images: Annotated[int, typer.Option(min=1, help="Scenes to evaluate on.")] = 200,
@@ -175,11 +173,10 @@ def main(
     only: Annotated[str, typer.Option(help="Train arms whose name holds this, such as PKDLoss-int8.")] = "",
 ) -> None:
     """Train what is missing, then show all that is there."""
-    console = Console(width=120)
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    root = root.absolute()
+    root = root.absolute() / f"{images}-{val_images}-{epochs}"
     counts = {"images": images, "val_images": val_images, "epochs": epochs, "batch": BATCH, "scale": list(SCALE)}
     settings = {**counts, "scenes": asdict(SCENES), "mechanisms": MECHANISMS}
     arms = load(json_path, settings)
@@ -193,8 +190,8 @@ def main(
                     continue
                 arms[name] = train(make_recipe(root, mechanism, source, seed, epochs), source)
                 save(json_path, settings, arms)
-                console.print(f"{name}: AP {arms[name]['mAP']:.2f} in {arms[name]['seconds']:.0f} s")
-    show(arms, console)
+                say(f"{name}: AP {arms[name]['mAP']:.2f} in {arms[name]['seconds']:.0f} s")
+    show(arms)
 
 
 if __name__ == "__main__":

@@ -228,8 +228,8 @@ class Index:
     def _read_unit_rows(self, codes: npt.NDArray[np.int32], unit_rows: npt.NDArray[np.int32]) -> dict[str, int]:
         largest = np.zeros(len(self.buckets), np.int64)
         largest[codes] = unit_rows
-        if codes.size and bool((largest[codes] != unit_rows).any()):
-            raise ValueError("units of one bucket have different sizes")
+        if codes.size and (bool((largest[codes] != unit_rows).any()) or int(unit_rows.min()) < 1):
+            raise ValueError("units of one bucket have different sizes, or none")
         for name, rows in zip(self.buckets, largest.tolist(), strict=True):
             bucket_size(name)
             if not 0 <= rows <= _MAX_UNIT_ROWS:

@@ -44,6 +44,8 @@ _TRIES = 6
 _FIRST_PAUSE = 0.2
 # the client may need minutes to give up: after so many no further try is begun
 _PATIENCE_SECONDS = 240.0
+# what the client calls an error like any other when it lists
+_REFUSED = re.compile(r"status code: 40[13]\b")
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 _PART_BYTES = 32 * 2**20
 _CONCURRENCY = 16
@@ -121,7 +123,11 @@ class ObjectStorage:
         """
         options: Any = {"range": (offset, offset + length), "if_match": tag}
         try:
-            return self._try(name, lambda store: bytes(obstore.get(store, name, options=options).bytes()))
+            return self._try(
+                name,
+                lambda store: bytes(obstore.get(store, name, options=options).bytes()),
+                answers=(FileNotFoundError, PreconditionError),
+            )
         except PreconditionError:
             raise ChangedObjectError(
                 f"{self.where(name)}: was written anew while it was read, again and again. Run the same command again."
@@ -134,7 +140,8 @@ class ObjectStorage:
     def write(self, name: str, buffers: Iterable[bytes | memoryview], *, durable: bool = True) -> int:
         """Put an object; it appears when it is complete."""
         content = b"".join(buffers)
-        self._try(name, lambda store: obstore.put(store, name, content, chunk_size=_PART_BYTES), writes=True)
+        # not found: of an upload in parts the last answer was lost, and its repetition refused
+        self._try(name, lambda store: obstore.put(store, name, content, chunk_size=_PART_BYTES), answers=())
         return len(content)
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
@@ -177,9 +184,10 @@ class ObjectStorage:
             self.delete(name)  # no store deletes on a condition; only a lease's holder comes here
             return True
         mode: Any = "create" if tag is None else {"e_tag": tag}
+        refusals = AlreadyExistsError, PreconditionError
         try:
-            self._try(name, lambda store: obstore.put(store, name, new, mode=mode), writes=True)
-        except (AlreadyExistsError, PreconditionError):
+            self._try(name, lambda store: obstore.put(store, name, new, mode=mode), answers=refusals)
+        except refusals:
             # the answer to a put that succeeded may have been lost, and its repetition refused
             try:
                 return self.read(name) == new
@@ -190,26 +198,30 @@ class ObjectStorage:
     def free_bytes(self) -> None:
         """Not known of object storage."""
 
-    def _try(self, name: str, operation: Callable[[ObjectStore], _T], *, writes: bool = False) -> _T:
+    def _try(
+        self,
+        name: str,
+        operation: Callable[[ObjectStore], _T],
+        *,
+        answers: tuple[type[Exception], ...] = (FileNotFoundError,),
+    ) -> _T:
+        """Try until it succeeds, or fails in a way that is an answer."""
         started, pause = time.monotonic(), _FIRST_PAUSE
         for attempt in range(1, _TRIES + 1):
             try:
                 return operation(_store(self.uri))
-            except (AlreadyExistsError, PreconditionError):
-                raise
-            except (PermissionDeniedError, UnauthenticatedError) as error:
-                raise RecipeError(
-                    f"cache.uri: {self.where(name)}: access was refused ({_brief(error)}). Give credentials that may read and "
-                    "write there, in the environment or by the machine's role."
-                ) from None
             except (BaseError, OSError) as error:
+                if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _REFUSED.search(str(error)):
+                    raise RecipeError(
+                        f"cache.uri: {self.where(name)}: access was refused ({_brief(error)}). Give credentials that may read "
+                        "and write there, in the environment or by the machine's role."
+                    ) from None
                 if any(sign in str(error) for sign in _NO_BUCKET):
                     raise RecipeError(
                         f"cache.uri: {self.where(name)}: there is no such bucket. Create it, or correct its name."
                     ) from None
-                # a write that finds nothing: of an upload in parts the last answer was lost, and its repetition refused
-                if isinstance(error, FileNotFoundError) and not writes:
-                    raise FileNotFoundError(f"{self.where(name)} is not there") from None
+                if isinstance(error, answers):
+                    raise type(error)(f"{self.where(name)}: {_brief(error)}") from None
                 if attempt == _TRIES or time.monotonic() - started > _PATIENCE_SECONDS:
                     raise StorageError(
                         f"{self.where(name)}: the storage does not answer as it should, after {attempt} tries "

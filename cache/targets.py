@@ -141,6 +141,5 @@ def _typed(raw: Tensor, array: ArraySpec) -> Tensor:
 
 
 def _tensor(row: Bytes) -> Tensor:
-    if not row.flags.writeable:  # torch warns of memory that it cannot write to; a copy of it is not what is wanted
-        return torch.frombuffer(row, dtype=torch.uint8) if row.size else torch.empty(0, dtype=torch.uint8)
-    return torch.from_numpy(row)
+    # bytes off the network or out of a decompressor cannot be written to, and torch has no such tensors
+    return torch.from_numpy(row if row.flags.writeable else row.copy())

@@ -18,6 +18,7 @@ from cache import (
     encode,
     load_index,
     make_plan,
+    pool,
     prepare,
     write_unit,
 )
@@ -49,7 +50,9 @@ def targets(group: GroupInfo, unit: Unit, skip: Iterable[int] = ()) -> list[RowT
         if row.image_id in skip:
             continue
         encoded = {
-            level.name: encode(features(row.image_id, row.view, level, height, width), group.precision)
+            level.name: encode(
+                pool(features(row.image_id, row.view, level, height, width), level.pool), group.precision
+            )
             for level in group.levels
         }
         k = row.image_id % 3
