@@ -21,7 +21,7 @@ import numpy as np
 from cache.shard import Bytes
 
 _END = struct.Struct("<QI")
-_COUNTER = struct.Struct("<q")
+_COUNTER = struct.Struct("<qq")  # bytes, and their complement: zeros, which a crash may leave, are no count
 _COUNTER_NAME = "bytes.count"
 # rows lie in a folder of their own: what else is in the folder that the user gave is not counted, and never deleted
 _OWN = "mtpd-rows"
@@ -84,13 +84,15 @@ class DiskCache:
         with count.open("r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             content = file.read()
-            used = _COUNTER.unpack(content)[0] if len(content) == _COUNTER.size else self.limit
+            used, check = _COUNTER.unpack(content) if len(content) == _COUNTER.size else (0, 0)
+            if used != ~check:
+                used = self.limit  # not known: counted anew
             if used + size > self.limit:
                 used = self._evict(int(self.limit * _KEEP) - size)
             if used + size > self.limit:
                 return
             file.seek(0)
-            file.write(_COUNTER.pack(used + size))
+            file.write(_COUNTER.pack(used + size, ~(used + size)))
             temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
             try:
                 with temporary.open("xb") as row:

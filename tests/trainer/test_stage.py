@@ -14,7 +14,7 @@ import yaml
 from mmdet.apis import inference_detector, init_detector
 from mmengine.runner import Runner
 
-from cache import MissingRowsError, RecipeError, StaleCacheError
+from cache import CorruptShardError, MissingRowsError, RecipeError, StaleCacheError
 from tests import models
 from tests.trainer import precompute
 from trainer import parse_recipe, stage_config, stage_dir, train_stage
@@ -44,10 +44,23 @@ def losses(recipe, stage: int, source: str, steps: int) -> list[dict[str, float]
     return result
 
 
-@pytest.mark.parametrize("mechanism", ["FeatureMatchingLoss", "PKDLoss", "MGDLoss"])
-def test_cached_and_online_losses_agree_on_mixed_shapes(data: Path, tmp_path: Path, mechanism: str) -> None:
+@pytest.mark.parametrize(
+    ("mechanism", "pool", "compression"),
+    [
+        ("FeatureMatchingLoss", {}, "none"),
+        ("PKDLoss", {}, "none"),
+        ("MGDLoss", {}, "none"),
+        ("FeatureMatchingLoss", {"P3": 2}, "zstd"),
+    ],
+)
+def test_cached_and_online_losses_agree_on_mixed_shapes(
+    data: Path, tmp_path: Path, mechanism: str, pool: dict[str, int], compression: str
+) -> None:
     stages = [{"teacher": "swin", "mechanisms": [{"type": mechanism, "loss_weight": 0.01}], "epochs": 1}]
-    recipe = parse_recipe(models.recipe(data, tmp_path, stages=stages), "test")
+    content = models.recipe(data, tmp_path, stages=stages)
+    content["teachers"]["swin"]["pool"] = pool
+    content["cache"]["compression"] = compression
+    recipe = parse_recipe(content, "test")
     precompute.fill(recipe, "swin")
     cached, online = (losses(recipe, 1, source, 4) for source in ("cache", "online"))
     for step, (a, b) in enumerate(zip(cached, online, strict=True)):
@@ -136,6 +149,23 @@ def test_what_is_not_in_the_cache_stops_a_stage_before_it_begins(data: Path, tmp
         train_stage(other, 1)
     with pytest.raises(RecipeError, match="stage 2: stage 1 is not done"):
         train_stage(recipe, 2)
+
+
+def test_a_damaged_row_stops_training_or_is_skipped_and_counted(data: Path, tmp_path: Path) -> None:
+    content = models.recipe(data, tmp_path)
+    content["stages"] = content["stages"][:1]
+    recipe = parse_recipe(content, "test")
+    precompute.fill(recipe, "small")
+    for file in (tmp_path / "cache").glob("small-*/96x128/P3/c/0/0/0/0"):
+        damaged = bytearray(file.read_bytes())
+        damaged[: len(damaged) // 2] = b"\0" * (len(damaged) // 2)
+        file.write_bytes(damaged)
+    with pytest.raises(CorruptShardError, match=r"unit 96x128-000000 .*mtpd verify .* --repair"):
+        train_stage(recipe, 1)
+    content["cache"]["on_damage"] = "skip"
+    content["work_dir"] = str(tmp_path / "skipping")
+    result = train_stage(parse_recipe(content, "test"), 1)
+    assert 0 < result.damaged_rows <= 2
 
 
 def test_the_schedule_is_the_students_own_stretched_to_the_stage(data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from cache import MissingRowsError
+from tests import models
+from tests.trainer import precompute
+from trainer import compare_sample, generate, parse_recipe
+
+
+def test_a_sample_agrees_until_an_image_is_another_one(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    generate(data, "train", 6, seed=3)
+    generate(data, "val", 1, seed=3, first_id=1000)
+    content = models.recipe(data, tmp_path)
+    content["cache"]["precision"] = "int4"
+    content["teachers"]["swin"]["pool"] = {"P3": 2}
+    recipe = parse_recipe(content, "test")
+    with pytest.raises(MissingRowsError):
+        compare_sample(recipe, "swin", 4)
+    precompute.fill(recipe, "swin")
+
+    report = compare_sample(recipe, "swin", 12)
+    assert report.agrees
+    assert [level.rows for level in report.levels] == [12] * 5
+    for level in report.levels:
+        assert level.measured_snr == pytest.approx(level.recorded_snr, abs=0.01)
+        assert level.flipped_cosine is not None
+    # int4 is noticed, and is no more than that; the last level has one value a channel, which nothing is lost of
+    assert all(0.9 < level.least_cosine <= level.cosine < 0.9999 for level in report.levels[:2])
+    # the control: the features of a mirrored image are not its mirrored features
+    assert min(level.flipped_cosine or 1 for level in report.levels) < 0.9
+
+    files = sorted((data / "train").iterdir())
+    height, width = cv2.imread(str(files[0])).shape[:2]
+    cv2.imwrite(str(files[0]), np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+    changed = compare_sample(recipe, "swin", 12)
+    assert min(level.least_cosine for level in changed.levels) < 0.9
+    files[1].unlink()
+    gone = compare_sample(recipe, "swin", 12)
+    assert len(gone.failures) == 2
