@@ -126,11 +126,11 @@ class LocalStorage:
                 if durable:
                     os.fsync(file.fileno())
             temporary.replace(target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise self._explained(error, name) from error
-        except BaseException:
-            temporary.unlink(missing_ok=True)
+        except BaseException as error:
+            with suppress(OSError):  # a disk that became read-only refuses this too
+                temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise self._explained(error, name) from error
             raise
         return written
 
