@@ -80,6 +80,9 @@ def remove(storage: Storage, garbage: Garbage) -> None:
             if unit_of(info, name) not in committed and not name.endswith(LEASE):
                 storage.delete(name)
     if garbage.whole:
+        for entry in list(storage.walk(info.name)):
+            if entry.name.endswith(".lock"):  # of the lease that was just given back
+                storage.delete(entry.name)
         storage.prune(info.name)
 
 

@@ -126,7 +126,7 @@ class ArraySpec:
     shape: tuple[int, ...]
     dtype: str
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of one row, not compressed."""
         return math.prod(self.shape) * (4 if self.dtype == "float32" else 2 if self.dtype == "float16" else 1)

@@ -79,7 +79,7 @@ def mend(target: Target, reports: list[Report]) -> list[FillResult]:
     damaged = [report for report in reports if report.damages]
     for report in damaged:
         repair(target.storage, report)
-        say(f"{report.info.name}: {len(report.damaged_units)} damaged units taken out of the manifest")
+        say(f"{report.info.name}: {_count(len(report.damaged_units), 'damaged unit')} taken out of the manifest")
     if target.recipe is None:
         if damaged:
             teachers = " ".join(sorted({report.info.teacher for report in damaged}))
@@ -132,6 +132,9 @@ def garbage(target: Target, *, superseded: bool, finished: bool) -> list[Garbage
 
 def show_garbage(found: list[Garbage]) -> None:
     """One line for each kind of garbage in each group."""
+    if not found:
+        say("nothing to remove")
+        return
     rows = [
         [g.info.name, g.reason, f"{len(g.names):,}", size(g.size), "by a run: left alone" if g.held else ""]
         for g in found
@@ -177,14 +180,20 @@ def _every_few_seconds(title: str) -> Callable[[int, int], None]:
 
 def _show_report(report: Report) -> None:
     units = f"{report.units:,} units, {size(report.read_bytes)}"
-    say(f"{report.info.name}: {report.rows:,} rows in {units}: {len(report.damages) or 'no'} damaged files")
+    say(f"{report.info.name}: {report.rows:,} rows in {units}: {_count(len(report.damages), 'damaged file')}")
     for damage in report.damages[:20]:
         unit = "" if damage.unit is None else f" (unit {damage.unit[0]}-{damage.unit[1]:06d})"
         complain(f"  {damage.name}{unit}: {damage.problem}")
     if len(report.damages) > 20:
         complain(f"  and {len(report.damages) - 20} more")
     if report.uncommitted:
-        say(f"  {len(report.uncommitted):,} units have rows without a record (interrupted run, lost part): precompute goes on")
+        say(
+            f"  {len(report.uncommitted):,} units have rows without a record (interrupted run, lost part): precompute goes on"
+        )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
 
 
 def _show_sample(teacher: str, report: SampleReport) -> None:

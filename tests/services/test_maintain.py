@@ -1,0 +1,110 @@
+"""verify and gc, as the command line uses them, on a cache alone and on a recipe."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cache import CorruptShardError, Lease, LocalStorage, MtpdError, RecipeError, TeacherCache
+from services.cli import app
+from tests import models
+from tests.cache import make
+from tests.trainer import precompute
+from trainer import load_recipe, stage_dir
+
+GROUP = make.info()
+
+
+def run(*arguments: str) -> tuple[int, str, MtpdError | None]:
+    """Exit code, output, and the error that `main` would print."""
+    result = CliRunner().invoke(app, list(arguments))
+    error = result.exception if isinstance(result.exception, MtpdError) else None
+    return result.exit_code, result.output, error
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    storage = LocalStorage(tmp_path / "cache")
+    make.fill(storage, GROUP, make.images(6))
+    return storage
+
+
+def damage(storage: LocalStorage) -> None:
+    file = storage.root / GROUP.name / "64x64" / "P3" / "c" / "1" / "0" / "0" / "0"
+    file.write_bytes(b"\0" + file.read_bytes()[1:])
+
+
+def test_verify_names_the_damage_and_the_repair_then_repairs(storage: LocalStorage) -> None:
+    uri = str(storage.root)
+    code, output, error = run("verify", uri)
+    assert code == 0
+    assert "12 rows in 3 units" in output
+    damage(storage)
+    code, output, error = run("verify", uri)
+    assert isinstance(error, CorruptShardError)
+    assert f"mtpd verify {uri} --repair" in str(error)
+    code, output, error = run("verify", uri, "--repair")
+    assert code == 0
+    assert "1 damaged unit taken out of the manifest" in output
+    assert len(TeacherCache.open(uri, "t")) == 8
+    assert run("verify", uri)[0] == 0
+
+
+def test_gc_lists_first_removes_on_demand_and_leaves_a_running_writer_alone(storage: LocalStorage) -> None:
+    folder = storage.root / GROUP.name
+    (folder / "manifest" / "part-64x64-000001.parquet").unlink()
+    old = folder / "64x64" / "P3" / ".x.tmp"
+    old.write_bytes(b"killed")
+    os.utime(old, (time.time() - 10_000, time.time() - 10_000))
+    fresh = old.with_name(".y.tmp")
+    fresh.write_bytes(b"being written")
+    before = {file for file in folder.rglob("*") if file.is_file()}
+    code, output, _ = run("gc", str(storage.root))
+    assert code == 0
+    assert "not committed" in output
+    assert "temporary file" in output
+    assert {file for file in folder.rglob("*") if file.is_file()} == before
+    with Lease(storage, GROUP.name):
+        assert "left alone" in run("gc", str(storage.root), "--delete")[1]
+        assert before <= {file for file in folder.rglob("*") if file.is_file()}
+    assert run("gc", str(storage.root), "--delete")[0] == 0
+    gone = before - {file for file in folder.rglob("*") if file.is_file()}
+    assert old in gone
+    assert len(gone) == 1 + 4 + 1  # the temporary file, a unit's shards and its detections
+    assert fresh.exists()
+    cache = TeacherCache.open(str(storage.root), "t")
+    assert all(cache[key].features for key in cache)
+    assert len(cache) == 8
+    assert "nothing to remove" in run("gc", str(storage.root))[1]
+
+
+def test_whole_groups_go_only_when_the_recipe_is_done_with_them(data: Path, tmp_path: Path) -> None:
+    content = models.recipe(data, tmp_path)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    recipe = load_recipe(file)
+    precompute.fill(recipe, "small")
+    content["cache"]["precision"] = "int8"
+    file.write_text(yaml.safe_dump(content))
+    recipe = load_recipe(file)
+    precompute.fill(recipe, "small")
+    assert len(list((tmp_path / "cache").glob("small-*"))) == 2
+    assert "superseded" not in run("gc", str(file))[1]
+    assert "superseded" in run("gc", str(file), "--superseded", "--delete")[1]
+    assert len(list((tmp_path / "cache").glob("small-*"))) == 1
+    assert len(TeacherCache.open(recipe.cache.uri, "small")) == 40  # that of the recipe is what is left
+    assert "stage is done" not in run("gc", str(file), "--finished")[1]
+    stage_dir(recipe, 1).mkdir(parents=True)
+    (stage_dir(recipe, 1) / "result.json").write_text("{}")
+    assert run("gc", str(file), "--finished", "--delete")[0] == 0
+    assert not list((tmp_path / "cache").glob("small-*"))
+    with pytest.raises(RecipeError, match=r"gc RECIPE\.yaml"):
+        raise run("gc", str(tmp_path / "cache"), "--finished")[2] or AssertionError
+
+
+def test_what_needs_a_recipe_or_is_nowhere_says_so(storage: LocalStorage, tmp_path: Path) -> None:
+    assert "needs the recipe" in str(run("verify", str(storage.root), "--sample", "3")[2])
+    assert "no such folder" in str(run("verify", str(tmp_path / "nowhere"))[2])
