@@ -49,7 +49,7 @@ class DiskCache:
         except OSError:
             return None
         data = content[:nbytes]
-        if content.size != nbytes + _END.size or content[nbytes:].tobytes() != _end(name, label, data):
+        if content[nbytes:].tobytes() != _end(name, label, data):
             return None
         with suppress(OSError):  # gone meanwhile, or a disk that can only be read: the row is right all the same
             os.utime(path)

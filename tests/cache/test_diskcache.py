@@ -267,6 +267,20 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, monkeypa
     assert has(kept, 0), "what is there can be read all the same"
 
 
+def test_rows_that_cannot_be_deleted_keep_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = DiskCache(tmp_path, 5 * (1000 + END))
+    for number in range(5):
+        put(kept, number)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "another user's")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    put(kept, 5)
+    assert [number for number in range(6) if has(kept, number)] == [0, 1, 2, 3, 4]
+    assert kept.used_bytes() <= kept.limit
+
+
 # --- in front of a bucket
 
 

@@ -1,0 +1,204 @@
+"""images/s of a whole precompute on Ray against the bare forward of its teacher, on the same views, on CPUs.
+
+The teacher is a Swin-T detector as mmdet ships its config, with random weights; the images are generated (640 x 480, JPEG),
+the view is 1333 x 800 without a flip; int8 P3-P7 and detections are stored. Two contenders take turns, each in a fresh actor
+with all CPUs and ``--threads`` threads of torch:
+
+- "precompute": ``services.precompute.fill``, what ``mtpd precompute`` calls, into an empty cache: images are read, decoded
+  and resized, the teacher runs, features are quantised, shards are written, flushed and committed.
+- "bare": mmdet's ``test_step`` on the same views, decoded before the clock starts, after one forward to warm up.
+
+The start (Ray's actor, imports, the model's weights) is no part of a rate and shown apart. Two rates of the precompute:
+"all" from the first unit handed out to the last committed, first decoding and last writing included, which a long run
+spreads over many units; "steady" from the first commit to the last. The aim is a steady rate of at least 0.95 of the bare
+one. "cpu" compares the processor's seconds a view, all threads of the actor, between the same commits: what the wall clock
+hides where decoding and writing find a core of their own, and what other programs on the machine disturb least. "on the
+device" is the share of the time in which the teacher runs or its features are quantised; "quantising" is measured on one
+view in the bare actor, as a share of its forward.
+
+With random weights nothing scores above the shipped threshold; ``--score-threshold 0`` gives 100 detections a view::
+
+    OMP_NUM_THREADS=1 python -W ignore -m benchmarks.precompute --json precompute.json
+"""
+
+import io
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import cv2
+import numpy as np
+import psutil
+import ray
+import torch
+import typer
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from rich.console import Console
+from rich.table import Table
+
+import cache
+from services import precompute
+from services.pool import Pool
+from trainer import Recipe, Teacher, UnitComputer, parse_recipe
+from trainer.config import load_config
+
+CONFIGS = {
+    "mask-rcnn": ("mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py", "model.test_cfg.rcnn.score_thr"),
+    "retinanet": ("mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py", "model.test_cfg.score_thr"),
+}
+WIDTH, HEIGHT, UNIT_ROWS = 640, 480, 2
+TARGET = 0.95
+
+
+def make_recipe(root: Path, teacher: str, images: int, threshold: float) -> dict[str, Any]:
+    """Images, annotations, a checkpoint, and the recipe of them; ``cache.uri`` is still to be given."""
+    rng, entries, config = np.random.default_rng(0), [], CONFIGS[teacher]
+    for i in range(images):
+        coarse = rng.integers(256, size=(HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
+        cv2.imwrite(str(root / f"{i}.jpg"), cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC))
+        entries.append({"id": i, "width": WIDTH, "height": HEIGHT, "file_name": f"{i}.jpg"})
+    content = {"images": entries, "categories": [{"id": 1, "name": "thing"}], "annotations": []}
+    (root / "all.json").write_text(json.dumps(content))
+    options = {config[1]: threshold}
+    torch.manual_seed(0)
+    torch.save(
+        {"state_dict": MODELS.build(load_config(config[0], options, "teacher").model).state_dict()}, root / "w.pth"
+    )
+    split = {"ann_file": str(root / "all.json"), "img_dir": str(root)}
+    return {
+        "dataset": {"train": split, "val": split},
+        "views": {"scale": [1333, 800], "flip": "none"},
+        "cache": {"uri": "", "unit_rows": UNIT_ROWS},
+        "teachers": {"teacher": {"config": config[0], "cfg_options": options, "checkpoint": str(root / "w.pth")}},
+        "student": {"config": "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"},
+        "stages": [{"teacher": "teacher", "mechanisms": [{"type": "PKDLoss", "loss_weight": 1.0}]}],
+        "work_dir": str(root / "work"),
+    }
+
+
+class Recorded(Pool):
+    """The pool of a precompute, with the moment at which each unit was committed."""
+
+    last: "Recorded"
+
+    def run(self, units: Iterable[cache.Unit]) -> Iterator[Any]:
+        """As `Pool.run`."""
+        Recorded.last, self.outcomes = self, []
+        for outcome in super().run(units):
+            self.outcomes.append((time.monotonic(), actor_seconds(), outcome))
+            yield outcome
+
+
+def actor_seconds() -> float:
+    """Processor's seconds that the teacher's actor has used; Ray's processes descend from this one."""
+    below = psutil.Process().children(recursive=True)
+    actors = [process for process in below if "".join(process.cmdline()[:1]).startswith("ray::TeacherActor")]
+    return sum(times.user + times.system for times in (process.cpu_times() for process in actors))
+
+
+def run_precompute(recipe: Recipe, images: int) -> dict[str, float]:
+    """A precompute into an empty cache; rates in images/s."""
+    begin = time.monotonic()
+    with mock.patch.object(precompute, "Pool", Recorded), redirect_stdout(io.StringIO()):
+        result = precompute.fill(recipe, "teacher")
+    pool = Recorded.last
+    if result.computed != images or pool.begun is None:
+        raise RuntimeError(f"{result.computed} of {images} rows: {result.failures}")
+    (first, used_first, unit), (last, used_last, _) = pool.outcomes[0], pool.outcomes[-1]
+    device = sum(record.device_seconds for *_, record in pool.outcomes)
+    later, all_seconds = images - unit.rows, last - pool.begun
+    rates = dict(all=images / all_seconds, steady=later / (last - first), cpu=later / (used_last - used_first))
+    return rates | dict(start_s=pool.begun - begin, on_the_device=device / all_seconds)
+
+
+@ray.remote
+class Bare:
+    """A teacher and its views, decoded; nothing else."""
+
+    def load(self, recipe: Recipe) -> int:
+        """Load the teacher, decode every view, run one forward. Returns the threads of torch."""
+        plan, spec = precompute.plan_teacher(recipe, "teacher"), recipe.teachers["teacher"]
+        self._teacher = Teacher(spec, "teacher")
+        data = recipe.dataset.train.img_dir
+        computer = UnitComputer(self._teacher, plan.info, recipe.policy, data, spec.batch_size)
+        self._views = [pixels.image for unit in plan.units() for pixels in computer.decode(unit)[0]]
+        self._forward(self._views[0])
+        return torch.get_num_threads()
+
+    def rate(self) -> tuple[float, float]:
+        """images/s, and images per second of the processor."""
+        begin, used = time.monotonic(), time.process_time()
+        for view in self._views:
+            self._forward(view)
+        return len(self._views) / (time.monotonic() - begin), len(self._views) / (time.process_time() - used)
+
+    def quantising(self) -> float:
+        """Seconds that the quantisation of one view takes: the median of five."""
+        maps, times = self._teacher([self._views[0]]).features, []
+        for _ in range(5):
+            begin = time.monotonic()
+            for level in maps.values():
+                cache.encode(level, "int8")
+            times.append(time.monotonic() - begin)
+        return statistics.median(times)
+
+    @torch.no_grad()
+    def _forward(self, view: torch.Tensor) -> None:
+        size = tuple(view.shape[-2:])
+        sample = DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)))
+        self._teacher._model.test_step(dict(inputs=[view], data_samples=[sample]))
+
+
+def main(
+    images: Annotated[int, typer.Option(min=2 * UNIT_ROWS, help="Images.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch in an actor.")] = 1,
+    teacher: Annotated[str, typer.Option(help=f"One of {', '.join(CONFIGS)}.")] = "mask-rcnn",
+    threshold: Annotated[float, typer.Option("--score-threshold", help="Of the detections.")] = 0.05,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write everything measured here.")] = None,
+) -> None:
+    """Measure what a precompute costs beside its teacher."""
+    logging.disable(logging.WARNING)
+    os.environ.update(OMP_NUM_THREADS=str(threads), RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled")
+    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=2**28)
+    measured: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        content = make_recipe(Path(name), teacher, images, threshold)
+        for number in range(rounds):
+            uri = str(Path(name) / f"cache-{number}")
+            recipe = parse_recipe({**content, "cache": {**content["cache"], "uri": uri}}, "benchmark")
+            bare = Bare.options(num_cpus=ray.cluster_resources()["CPU"]).remote()
+            used = ray.get(bare.load.remote(recipe))
+            rate, cpu = ray.get(bare.rate.remote())
+            one = {"bare": rate, "bare_cpu": cpu, "quantise_s": ray.get(bare.quantising.remote())}
+            ray.kill(bare)
+            for key, value in (one | run_precompute(recipe, images)).items():
+                measured.setdefault(key, []).append(value)
+    ray.shutdown()
+    middle = {key: statistics.median(values) for key, values in measured.items()}
+    pairs = {"all": "bare", "steady": "bare", "cpu": "bare_cpu"}
+    ratios = {key: statistics.median(np.divide(measured[key], measured[other])) for key, other in pairs.items()}
+    title = f"{teacher} Swin-T, {images} views, {rounds} rounds, {used} thread(s)"
+    table = Table("", "images/s", "of bare", title=title)
+    for key in ("bare", "all", "steady", "bare_cpu", "cpu"):
+        table.add_row(key, f"{middle[key]:.3f}", f"{ratios.get(key, 1.0):.3f}")
+    console = Console()
+    console.print(table)
+    shares = middle["on_the_device"], middle["quantise_s"] * middle["bare"]
+    console.print(f"start {middle['start_s']:.1f} s, on the device {shares[0]:.1%}, quantising {shares[1]:.1%}")
+    console.print(f"steady rate of at least {TARGET} of the bare one: {ratios['steady'] >= TARGET}")
+    if json_path:
+        json_path.write_text(json.dumps({"median": middle, "ratios": ratios, "rounds": measured}, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)
