@@ -4,7 +4,8 @@ The rows are int8, 800 x 1344 views, P3-P7 of 256 channels (5.7 MB), once as thi
 
 - cold: the page cache is emptied of the files (``posix_fadvise``, which leaves alone what is mapped: the cache is opened anew
   each time), then rows are read once in a random order: by the cache, checked (CRC-32C) and copied, opening and mapping of
-  every shard included; by ``preadv`` of the flat file into one buffer, the yardstick. In turn, over several rounds.
+  every shard included; by ``preadv`` of the flat file into one buffer, the kernel told that reads are random: the yardstick.
+  In turn, over several rounds.
 - larger than memory: the same two, each in a process whose control group may use a quarter of the store's bytes, page cache
   included, over all rows in two passes of random order. Images/s for each quarter of the run: a reader that collapses under
   reclaim gets slower; and the memory of the process. Needs a control group that may be created (root; version 1 or 2).
@@ -71,6 +72,7 @@ def reader(root: Path, kind: str, rows: int) -> Callable[[int], None]:
         opened = cache.TeacherCache.open(str(root), "int8")
         return lambda row: opened[row, 0].copy() and None
     file = os.open(root / "int8.flat", os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
     buffer = np.zeros(os.fstat(file).st_size // rows, np.uint8)
     return lambda row: os.preadv(file, [buffer.data], row * buffer.nbytes) and None
 
@@ -148,7 +150,7 @@ def main(
 ) -> None:
     """Measure reads from the disk."""
     torch.set_num_threads(1)
-    console, large = Console(), {}
+    console, large = Console(width=140), {}
     with tempfile.TemporaryDirectory(dir=folder) as name:
         root = Path(name)
         stored = build(root, "int8", rows).stat().st_size

@@ -8,11 +8,10 @@ with all CPUs and ``--threads`` threads of torch:
   and resized, the teacher runs, features are quantised, shards are written, flushed and committed.
 - "bare": mmdet's ``test_step`` on the same views, decoded before the clock starts, after one forward to warm up.
 
-The start (Ray's actor, imports, the model's weights) is no part of a rate and shown apart. Two rates of the precompute:
-"all" from the first unit handed out to the last committed, first decoding and last writing included, which a long run
-spreads over many units; "steady" from the first commit to the last. The aim is a steady rate of at least 0.95 of the bare
-one. "cpu" compares the processor's seconds a view, all threads of the actor, between the same commits: what the wall clock
-hides where decoding and writing find a core of their own, and what other programs on the machine disturb least. "on the
+The start (Ray's actor, imports, the model's weights) is no part of a rate. Rates of the precompute: "all" from the first unit
+handed out to the last committed, first decoding and last writing included, which a long run spreads over many units;
+"steady" from the first commit to the last: at least 0.95 of the bare rate is aimed at. "cpu" compares the processor's seconds
+a view, of all threads of the actor, between the same commits: what other programs on the machine disturb least. "on the
 device" is the share of the time in which the teacher runs or its features are quantised; "quantising" is measured on one
 view in the bare actor, as a share of its forward.
 
@@ -61,24 +60,23 @@ TARGET = 0.95
 
 def make_recipe(root: Path, teacher: str, images: int, threshold: float) -> dict[str, Any]:
     """Images, annotations, a checkpoint, and the recipe of them; ``cache.uri`` is still to be given."""
-    rng, entries, config = np.random.default_rng(0), [], CONFIGS[teacher]
+    rng, entries, (config, key) = np.random.default_rng(0), [], CONFIGS[teacher]
     for i in range(images):
         coarse = rng.integers(256, size=(HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
         cv2.imwrite(str(root / f"{i}.jpg"), cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC))
         entries.append({"id": i, "width": WIDTH, "height": HEIGHT, "file_name": f"{i}.jpg"})
-    content = {"images": entries, "categories": [{"id": 1, "name": "thing"}], "annotations": []}
-    (root / "all.json").write_text(json.dumps(content))
-    options = {config[1]: threshold}
+    thing = {"images": entries, "categories": [{"id": 1, "name": "thing"}], "annotations": []}
+    (root / "all.json").write_text(json.dumps(thing))
     torch.manual_seed(0)
-    torch.save(
-        {"state_dict": MODELS.build(load_config(config[0], options, "teacher").model).state_dict()}, root / "w.pth"
-    )
+    model = MODELS.build(load_config(config, {}, "teacher").model)
+    torch.save({"state_dict": model.state_dict()}, root / "w.pth")
+    spec = {"config": config, "cfg_options": {key: threshold}, "checkpoint": str(root / "w.pth")}
     split = {"ann_file": str(root / "all.json"), "img_dir": str(root)}
     return {
         "dataset": {"train": split, "val": split},
         "views": {"scale": [1333, 800], "flip": "none"},
         "cache": {"uri": "", "unit_rows": UNIT_ROWS},
-        "teachers": {"teacher": {"config": config[0], "cfg_options": options, "checkpoint": str(root / "w.pth")}},
+        "teachers": {"teacher": spec},
         "student": {"config": "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"},
         "stages": [{"teacher": "teacher", "mechanisms": [{"type": "PKDLoss", "loss_weight": 1.0}]}],
         "work_dir": str(root / "work"),
@@ -101,8 +99,8 @@ class Recorded(Pool):
 def actor_seconds() -> float:
     """Processor's seconds that the teacher's actor has used; Ray's processes descend from this one."""
     below = psutil.Process().children(recursive=True)
-    actors = [process for process in below if "".join(process.cmdline()[:1]).startswith("ray::TeacherActor")]
-    return sum(times.user + times.system for times in (process.cpu_times() for process in actors))
+    actors = [process.cpu_times() for process in below if "ray::TeacherActor" in " ".join(process.cmdline())]
+    return sum(times.user + times.system for times in actors)
 
 
 def run_precompute(recipe: Recipe, images: int) -> dict[str, float]:
@@ -111,25 +109,24 @@ def run_precompute(recipe: Recipe, images: int) -> dict[str, float]:
     with mock.patch.object(precompute, "Pool", Recorded), redirect_stdout(io.StringIO()):
         result = precompute.fill(recipe, "teacher")
     pool = Recorded.last
-    if result.computed != images or pool.begun is None:
-        raise RuntimeError(f"{result.computed} of {images} rows: {result.failures}")
+    assert not result.failures
     (first, used_first, unit), (last, used_last, _) = pool.outcomes[0], pool.outcomes[-1]
     device = sum(record.device_seconds for *_, record in pool.outcomes)
-    later, all_seconds = images - unit.rows, last - pool.begun
-    rates = dict(all=images / all_seconds, steady=later / (last - first), cpu=later / (used_last - used_first))
-    return rates | dict(start_s=pool.begun - begin, on_the_device=device / all_seconds)
+    begun, later = pool.begun or begin, images - unit.rows
+    rates = dict(all=images / (last - begun), steady=later / (last - first), cpu=later / (used_last - used_first))
+    return rates | dict(start_s=begun - begin, on_the_device=device / (last - begun))
 
 
 @ray.remote
 class Bare:
-    """A teacher and its views, decoded; nothing else."""
+    """A teacher, and its views decoded."""
 
     def load(self, recipe: Recipe) -> int:
         """Load the teacher, decode every view, run one forward. Returns the threads of torch."""
         plan, spec = precompute.plan_teacher(recipe, "teacher"), recipe.teachers["teacher"]
         self._teacher = Teacher(spec, "teacher")
         data = recipe.dataset.train.img_dir
-        computer = UnitComputer(self._teacher, plan.info, recipe.policy, data, spec.batch_size)
+        computer = UnitComputer(self._teacher, plan.info, recipe.policy, data, batch_size=1)
         self._views = [pixels.image for unit in plan.units() for pixels in computer.decode(unit)[0]]
         self._forward(self._views[0])
         return torch.get_num_threads()
@@ -159,8 +156,8 @@ class Bare:
 
 
 def main(
-    images: Annotated[int, typer.Option(min=2 * UNIT_ROWS, help="Images.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
+    images: Annotated[int, typer.Option(min=2 * UNIT_ROWS)] = 8,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch in an actor.")] = 1,
     teacher: Annotated[str, typer.Option(help=f"One of {', '.join(CONFIGS)}.")] = "mask-rcnn",
     threshold: Annotated[float, typer.Option("--score-threshold", help="Of the detections.")] = 0.05,
@@ -174,8 +171,8 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         content = make_recipe(Path(name), teacher, images, threshold)
         for number in range(rounds):
-            uri = str(Path(name) / f"cache-{number}")
-            recipe = parse_recipe({**content, "cache": {**content["cache"], "uri": uri}}, "benchmark")
+            content["cache"]["uri"] = str(Path(name) / f"cache-{number}")
+            recipe = parse_recipe(content, "benchmark")
             bare = Bare.options(num_cpus=ray.cluster_resources()["CPU"]).remote()
             used = ray.get(bare.load.remote(recipe))
             rate, cpu = ray.get(bare.rate.remote())
@@ -185,12 +182,11 @@ def main(
                 measured.setdefault(key, []).append(value)
     ray.shutdown()
     middle = {key: statistics.median(values) for key, values in measured.items()}
-    pairs = {"all": "bare", "steady": "bare", "cpu": "bare_cpu"}
+    pairs = {"all": "bare", "steady": "bare", "bare_cpu": "bare_cpu", "cpu": "bare_cpu"}
     ratios = {key: statistics.median(np.divide(measured[key], measured[other])) for key, other in pairs.items()}
-    title = f"{teacher} Swin-T, {images} views, {rounds} rounds, {used} thread(s)"
-    table = Table("", "images/s", "of bare", title=title)
-    for key in ("bare", "all", "steady", "bare_cpu", "cpu"):
-        table.add_row(key, f"{middle[key]:.3f}", f"{ratios.get(key, 1.0):.3f}")
+    table = Table("", "images/s", "of bare", title=f"{teacher} Swin-T, {images} views, {used} thread(s) of torch")
+    for key in ("bare", *pairs):
+        table.add_row(key, f"{middle[key]:.3f}", f"{ratios.get(key, 1):.3f}")
     console = Console()
     console.print(table)
     shares = middle["on_the_device"], middle["quantise_s"] * middle["bare"]
