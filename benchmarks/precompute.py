@@ -187,8 +187,7 @@ def main(
     table = Table("", "images/s", "of bare", title=f"{teacher} Swin-T, {images} views, {used} thread(s) of torch")
     for key in ("bare", *pairs):
         table.add_row(key, f"{middle[key]:.3f}", f"{ratios.get(key, 1):.3f}")
-    console = Console()
-    console.print(table)
+    (console := Console()).print(table)
     shares = middle["on_the_device"], middle["quantise_s"] * middle["bare"]
     console.print(f"start {middle['start_s']:.1f} s, on the device {shares[0]:.1%}, quantising {shares[1]:.1%}")
     console.print(f"steady rate of at least {TARGET} of the bare one: {ratios['steady'] >= TARGET}")

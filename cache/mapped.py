@@ -1,12 +1,13 @@
 """Rows of local shards: mapped, sliced through their index, nothing copied."""
 
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from cache import shard
+from cache import pagecache, shard
 from cache.layout import ArraySpec, GroupInfo
 from cache.shard import Bytes, DamagedBytesError, Tail
 from cache.storage import LocalStorage
@@ -18,6 +19,8 @@ _MAX_MAPS = 16_384
 @dataclass(frozen=True)
 class _Mapped:
     data: Bytes
+    address: int
+    visible: bool
     tail: Tail
     array: ArraySpec
     label: int
@@ -53,9 +56,13 @@ class MappedRows:
                 self._units.popitem(last=False)
         else:
             self._units.move_to_end(key)
+        places = [one.tail.find(slot, None if label is None else label ^ one.label) for one in mapped]
+        finest, (start, nbytes) = mapped[0], places[0]
+        if not (finest.visible and pagecache.seems_resident(finest.address + start, nbytes)):
+            for one, (offset, length) in zip(mapped, places, strict=True):
+                pagecache.fetch(one.address + offset, length)
         rows = []
-        for one in mapped:
-            offset, length = one.tail.find(slot, None if label is None else label ^ one.label)
+        for one, (offset, length) in zip(mapped, places, strict=True):
             data = shard.read_chunk(one.data[offset : offset + length], verify=self._verify)
             if self._info.compression != "none":
                 data = shard.decompress(data, one.array.nbytes, self._info.compression)
@@ -70,5 +77,9 @@ class MappedRows:
             raise DamagedBytesError("the shard is empty")
         # a private map that keeps no file descriptor open: tens of thousands of shards may be mapped at once
         data = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()
+        address = data.__array_interface__["data"][0]
+        pagecache.expect_random_reads(address, size)
         tail = shard.tail_of(data, slots, array.nbytes, info.compression, info.version)
-        return _Mapped(data, tail, array, shard.array_label(info.name, bucket, array.name))
+        return _Mapped(
+            data, address, os.access(file, os.W_OK), tail, array, shard.array_label(info.name, bucket, array.name)
+        )

@@ -221,7 +221,7 @@ class ObjectStorage:
                         f"cache.uri: {self.where(name)}: there is no such bucket. Create it, or correct its name."
                     ) from None
                 if isinstance(error, answers):
-                    raise type(error)(f"{self.where(name)}: {_brief(error)}") from None
+                    raise type(error)(f"{self.where(name)} is not there, or not as expected") from None
                 if attempt == _TRIES or time.monotonic() - started > _PATIENCE_SECONDS:
                     raise StorageError(
                         f"{self.where(name)}: the storage does not answer as it should, after {attempt} tries "
