@@ -11,9 +11,9 @@ with all CPUs and ``--threads`` threads of torch:
 The start (Ray's actor, imports, the model's weights) is no part of a rate. Rates of the precompute: "all" from the first unit
 handed out to the last committed, first decoding and last writing included, which a long run spreads over many units;
 "steady" from the first commit to the last: at least 0.95 of the bare rate is aimed at. "cpu" compares the processor's seconds
-a view, of all threads of the actor, between the same commits: what other programs on the machine disturb least. "on the
-device" is the share of the time in which the teacher runs or its features are quantised; "quantising" is measured on one
-view in the bare actor, as a share of its forward.
+a view, of all threads of the actor, between the same commits. What other programs on the machine disturb least is the ratio
+"by parts": the share of the precompute's time in which its device is busy, over how much longer the actor's computation
+(teacher, quantisation) takes than the bare forward, both called in turn on each view in the bare actor.
 
 With random weights nothing scores above the shipped threshold; ``--score-threshold 0`` gives 100 detections a view::
 
@@ -48,6 +48,7 @@ import cache
 from services import precompute
 from services.pool import Pool
 from trainer import Recipe, Teacher, UnitComputer, parse_recipe
+from trainer.compute import Pixels
 from trainer.config import load_config
 
 CONFIGS = {
@@ -126,33 +127,27 @@ class Bare:
         plan, spec = precompute.plan_teacher(recipe, "teacher"), recipe.teachers["teacher"]
         self._teacher = Teacher(spec, "teacher")
         data = recipe.dataset.train.img_dir
-        computer = UnitComputer(self._teacher, plan.info, recipe.policy, data, batch_size=1)
-        self._views = [pixels.image for unit in plan.units() for pixels in computer.decode(unit)[0]]
-        self._forward(self._views[0])
+        self._computer = UnitComputer(self._teacher, plan.info, recipe.policy, data, batch_size=1)
+        self._pixels = [pixels for unit in plan.units() for pixels in self._computer.decode(unit)[0]]
+        self._forward(self._pixels[0])
         return torch.get_num_threads()
 
-    def rate(self) -> tuple[float, float]:
-        """images/s, and images per second of the processor."""
-        begin, used = time.monotonic(), time.process_time()
-        for view in self._views:
-            self._forward(view)
-        return len(self._views) / (time.monotonic() - begin), len(self._views) / (time.process_time() - used)
-
-    def quantising(self) -> float:
-        """Seconds that the quantisation of one view takes: the median of five."""
-        maps, times = self._teacher([self._views[0]]).features, []
-        for _ in range(5):
-            begin = time.monotonic()
-            for level in maps.values():
-                cache.encode(level, "int8")
-            times.append(time.monotonic() - begin)
-        return statistics.median(times)
+    def run(self) -> dict[str, float]:
+        """Rates of the bare forward; and how much longer it takes to compute targets, view by view in turn."""
+        spent = {"bare": np.zeros(2), "compute": np.zeros(2)}
+        for pixels in self._pixels:
+            for kind, call in (("bare", self._forward), ("compute", lambda one: self._computer.compute([one]))):
+                before = np.array([time.monotonic(), time.process_time()])
+                call(pixels)
+                spent[kind] += np.array([time.monotonic(), time.process_time()]) - before
+        wall, cpu = len(self._pixels) / spent["bare"]
+        return {"bare": wall, "bare_cpu": cpu, "compute": spent["compute"][1] / spent["bare"][1]}
 
     @torch.no_grad()
-    def _forward(self, view: torch.Tensor) -> None:
-        size = tuple(view.shape[-2:])
+    def _forward(self, pixels: Pixels) -> None:
+        size = tuple(pixels.image.shape[-2:])
         sample = DetDataSample(metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0)))
-        self._teacher._model.test_step(dict(inputs=[view], data_samples=[sample]))
+        self._teacher._model.test_step(dict(inputs=[pixels.image], data_samples=[sample]))
 
 
 def main(
@@ -175,8 +170,7 @@ def main(
             recipe = parse_recipe(content, "benchmark")
             bare = Bare.options(num_cpus=ray.cluster_resources()["CPU"]).remote()
             used = ray.get(bare.load.remote(recipe))
-            rate, cpu = ray.get(bare.rate.remote())
-            one = {"bare": rate, "bare_cpu": cpu, "quantise_s": ray.get(bare.quantising.remote())}
+            one = ray.get(bare.run.remote())
             ray.kill(bare)
             for key, value in (one | run_precompute(recipe, images)).items():
                 measured.setdefault(key, []).append(value)
@@ -187,10 +181,11 @@ def main(
     table = Table("", "images/s", "of bare", title=f"{teacher} Swin-T, {images} views, {used} thread(s) of torch")
     for key in ("bare", *pairs):
         table.add_row(key, f"{middle[key]:.3f}", f"{ratios.get(key, 1):.3f}")
-    (console := Console()).print(table)
-    shares = middle["on_the_device"], middle["quantise_s"] * middle["bare"]
-    console.print(f"start {middle['start_s']:.1f} s, on the device {shares[0]:.1%}, quantising {shares[1]:.1%}")
-    console.print(f"steady rate of at least {TARGET} of the bare one: {ratios['steady'] >= TARGET}")
+    Console().print(table)
+    parts = middle["on_the_device"] / middle["compute"]
+    print(f"start {middle['start_s']:.1f} s; on the device {middle['on_the_device']:.1%}")
+    print(f"compute: {middle['compute']:.3f} times the processor's seconds of bare; by parts {parts:.3f} of bare")
+    print(f"of the bare rate at least {TARGET}: steady {ratios['steady'] >= TARGET}, by parts {parts >= TARGET}")
     if json_path:
         json_path.write_text(json.dumps({"median": middle, "ratios": ratios, "rounds": measured}, indent=1))
 

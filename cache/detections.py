@@ -64,7 +64,7 @@ def from_parquet(data: bytes, name: str, version: int) -> pa.Table:
     Raises:
         BrokenSealError: (a ValueError) other bytes than were written under this name.
     """
-    return unseal(data, name, SCHEMA, SCHEMA.names, sealed=version > 1)
+    return pa.concat_tables(unseal(data, name, SCHEMA, SCHEMA.names, sealed=version > 1))
 
 
 def from_table(table: pa.Table) -> dict[int, Detections]:

@@ -1,7 +1,8 @@
 """The record of committed rows: one Parquet part a unit, compacted from time to time. A row not in it does not exist."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,23 +68,27 @@ def read_table(storage: Storage, info: GroupInfo, columns: Sequence[str] | None 
         CorruptShardError: a file is not the Parquet that was written.
     """
     wanted = [name for name in columns or schema(info).names if name in schema(info).names]
+    return pa.concat_tables(read_tables(storage, info, wanted)).unify_dictionaries()
+
+
+def read_tables(storage: Storage, info: GroupInfo, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """`read_table` in pieces, for manifests of many millions of rows."""
+    yield empty(info, columns)
     while True:
-        tables = [empty(info, wanted)]
+        names = part_names(storage, info)
         try:
-            tables += [read_one(storage, name, info, wanted) for name in part_names(storage, info)]
+            parts = [table for name in names for table in read_one(storage, name, info, columns)]
+            break
         except FileNotFoundError:
             continue  # compacted away between the listing and the read: the compacted manifest has it now
-        # read after the parts: what was compacted meanwhile is then found here
-        try:
-            tables.append(read_one(storage, f"{info.name}/{MANIFEST}", info, wanted))
-        except FileNotFoundError:
-            if tables[1:] and not part_names(storage, info):
-                continue  # replaced at this very moment on a store without atomic replacement
-        return pa.concat_tables(tables).unify_dictionaries()
+    yield from parts
+    # read after the parts: what was compacted meanwhile is then found here
+    with suppress(FileNotFoundError):
+        yield from read_one(storage, f"{info.name}/{MANIFEST}", info, columns)
 
 
-def read_one(storage: Storage, name: str, info: GroupInfo, columns: Sequence[str]) -> pa.Table:
-    """The rows of one file.
+def read_one(storage: Storage, name: str, info: GroupInfo, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The rows of one file, in pieces.
 
     Raises:
         FileNotFoundError: there is none.
@@ -91,7 +96,7 @@ def read_one(storage: Storage, name: str, info: GroupInfo, columns: Sequence[str
     """
     data = storage.read(name)
     try:
-        return unseal(data, name, schema(info), columns, ["bucket"], sealed=info.version > 1)
+        yield from unseal(data, name, schema(info), columns, ["bucket"], sealed=info.version > 1)
     except BrokenSealError as error:
         raise CorruptShardError(
             f"{storage.where(name)}: {error}. Run `mtpd verify {storage.where()} --repair`, then `mtpd precompute RECIPE`: "
@@ -130,11 +135,11 @@ def load_index(storage: Storage, info: GroupInfo) -> "Index":
     Raises:
         CorruptShardError: the manifest is damaged.
     """
-    table = read_table(storage, info, _PLACES)
+    tables = read_tables(storage, info, [name for name in _PLACES if name in schema(info).names])
     if info.version == 1:
-        table = table.append_column("unit_rows", _unit_rows_of_version_1(storage, info, table))
+        tables = (t.append_column("unit_rows", _unit_rows_of_version_1(storage, info, t)) for t in tables)
     try:
-        return Index(table)
+        return Index(tables)
     except ValueError as error:
         raise CorruptShardError(
             f"{storage.where(info.name)}: the manifest contradicts itself ({error}). Run `mtpd verify {storage.where()} "
@@ -188,8 +193,22 @@ class Location:
     row: int
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of an index in the making: ids and sources of the images, then per row its image, view and place."""
+
+    ids: IntArray
+    sources: npt.NDArray[np.uint64]
+    at: npt.NDArray[np.int32]
+    views: npt.NDArray[np.int16]
+    places: IntArray
+
+
 class Index:
     """Where each committed (image, view) is, in memory: about 8 bytes a row and 16 an image.
+
+    Args:
+        tables: the manifest's rows in pieces; of a row that occurs twice the later counts.
 
     Attributes:
         image_ids: (n,) int64, sorted: the images with at least one row.
@@ -200,41 +219,59 @@ class Index:
         ValueError: rows that cannot be.
     """
 
-    def __init__(self, table: pa.Table) -> None:
-        bucket = table["bucket"].combine_chunks()
-        if isinstance(bucket, pa.ChunkedArray):
-            bucket = bucket.chunk(0) if bucket.num_chunks else pa.array([], bucket.type)
-        self.buckets: list[str] = bucket.dictionary.to_pylist()
-        codes = bucket.indices.to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
-        self.unit_rows = self._read_unit_rows(codes, table["unit_rows"].to_numpy())
-        rows = table["row"].to_numpy()
-        if rows.size and (rows.min() < 0 or rows.max() >= 1 << _ROW_BITS):
-            raise ValueError("a row's number is out of range")
-        places = (codes.astype(np.int64) << _ROW_BITS) | rows
-        del codes, rows
-        ids, views, sources = (table[name].to_numpy() for name in ("image_id", "view", "source"))
-        if views.size and (views.min() < 0 or views.max() >= _MAX_VIEWS):
-            raise ValueError("a view's number is out of range")
-        if ids.size and not bool((ids[1:] >= ids[:-1]).all()):
-            order = np.argsort(ids, kind="stable")
-            ids, views, sources, places = ids[order], views[order], sources[order], places[order]
-        starts = np.append(True, ids[1:] != ids[:-1]) if ids.size else np.zeros(0, np.bool_)
-        self.image_ids: IntArray = ids[starts].copy()
-        self.sources: npt.NDArray[np.uint64] = sources[starts].copy()
-        self._places = np.full((self.image_ids.size, int(views.max(initial=0)) + 1), _ABSENT, dtype=np.int64)
-        self._places[np.cumsum(starts) - 1, views] = places
+    def __init__(self, tables: Iterable[pa.Table]) -> None:
+        self.unit_rows: dict[str, int] = {}
+        self.buckets: list[str] = []
+        # pieces are made small at once: a manifest of ten million rows must not lie in memory as columns
+        pieces = [self._piece(table) for table in tables if table.num_rows]
+        every = np.concatenate([piece.ids for piece in pieces]) if pieces else np.zeros(0, np.int64)
+        sources = np.concatenate([piece.sources for piece in pieces]) if pieces else np.zeros(0, np.uint64)
+        if bool((every[1:] >= every[:-1]).all()):
+            first = np.append(True, every[1:] != every[:-1]) if every.size else np.zeros(0, np.bool_)
+            self.image_ids, self.sources = every[first], sources[first]
+            positions = np.cumsum(first) - 1
+        else:
+            self.image_ids, at, positions = np.unique(every, return_index=True, return_inverse=True)
+            self.sources = sources[at]
+        views = max((piece.views.max(initial=0) for piece in pieces), default=0)
+        self._places = np.full((self.image_ids.size, int(views) + 1), _ABSENT, dtype=np.int64)
+        begin = 0
+        for piece in pieces:
+            self._places[positions[begin : begin + piece.ids.size][piece.at], piece.views] = piece.places
+            begin += piece.ids.size
         self._rows = int((self._places != _ABSENT).sum())
 
-    def _read_unit_rows(self, codes: npt.NDArray[np.int32], unit_rows: npt.NDArray[np.int32]) -> dict[str, int]:
-        largest = np.zeros(len(self.buckets), np.int64)
+    def _piece(self, table: pa.Table) -> "_Piece":
+        bucket = table["bucket"].unify_dictionaries().combine_chunks()
+        bucket = bucket.chunk(0) if isinstance(bucket, pa.ChunkedArray) else bucket
+        local = bucket.indices.to_numpy(zero_copy_only=False)
+        self._learn(bucket.dictionary.to_pylist(), local, table["unit_rows"].to_numpy())
+        codes = np.array([self.buckets.index(name) for name in bucket.dictionary.to_pylist()], np.int64)
+        ids, views, rows, sources = (table[name].to_numpy() for name in ("image_id", "view", "row", "source"))
+        if rows.min() < 0 or rows.max() >= 1 << _ROW_BITS:
+            raise ValueError("a row's number is out of range")
+        if views.min() < 0 or views.max() >= _MAX_VIEWS:
+            raise ValueError("a view's number is out of range")
+        places = (codes << _ROW_BITS)[local] | rows
+        if not bool((ids[1:] >= ids[:-1]).all()):
+            order = np.argsort(ids, kind="stable")
+            ids, views, sources, places = ids[order], views[order], sources[order], places[order]
+        starts = np.append(True, ids[1:] != ids[:-1])
+        at = (np.cumsum(starts) - 1).astype(np.int32)
+        return _Piece(ids[starts], sources[starts], at, views.astype(np.int16), places)
+
+    def _learn(self, names: list[str], codes: npt.NDArray[np.int32], unit_rows: npt.NDArray[np.int32]) -> None:
+        """Take in a piece's buckets and the sizes of their units."""
+        largest = np.zeros(len(names), np.int64)
         largest[codes] = unit_rows
-        if codes.size and (bool((largest[codes] != unit_rows).any()) or int(unit_rows.min()) < 1):
+        if bool((largest[codes] != unit_rows).any()) or int(unit_rows.min()) < 1:
             raise ValueError("units of one bucket have different sizes, or none")
-        for name, rows in zip(self.buckets, largest.tolist(), strict=True):
+        for name, rows in zip(names, largest.tolist(), strict=True):
             bucket_size(name)
-            if not 0 <= rows <= _MAX_UNIT_ROWS:
+            if rows > _MAX_UNIT_ROWS or (rows and self.unit_rows.setdefault(name, rows) != rows):
                 raise ValueError(f"a unit of bucket {name} has {rows} rows")
-        return {name: rows for name, rows in zip(self.buckets, largest.tolist(), strict=True) if rows}
+            if name not in self.buckets:
+                self.buckets.append(name)
 
     def __len__(self) -> int:
         return self._rows

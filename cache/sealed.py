@@ -6,7 +6,7 @@ and the CRC-32C of the whole file, computed with zeros in its own place. Any Par
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import google_crc32c
 import numpy as np
@@ -49,8 +49,8 @@ def unseal(
     dictionary: Sequence[str] = (),
     *,
     sealed: bool = True,
-) -> pa.Table:
-    """The inverse of `seal`.
+) -> Iterator[pa.Table]:
+    """The inverse of `seal`: the table, in pieces of at most about a million rows, and of one at least.
 
     Args:
         schema: what the file must hold.
@@ -70,9 +70,13 @@ def unseal(
             pa.BufferReader(data), page_checksum_verification=not sealed, read_dictionary=list(dictionary)
         )
         _check(file.metadata, len(data), name if sealed else None)
-        if not file.schema_arrow.remove_metadata().equals(_with_dictionaries(schema, dictionary)):
+        wanted = _with_dictionaries(schema, dictionary)
+        if not file.schema_arrow.remove_metadata().equals(wanted):
             raise BrokenSealError("has other columns than a file of this kind")
-        return file.read(columns=list(columns))
+        if file.num_row_groups == 0:
+            yield wanted.empty_table().select(list(columns))
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=list(columns))
     except (pa.ArrowException, OSError, KeyError, ValueError, UnicodeDecodeError) as error:
         raise error if isinstance(error, BrokenSealError) else BrokenSealError(str(error)) from error
 

@@ -80,7 +80,7 @@ def verify(
     report = Report(info)
     table = pa.concat_tables(_readable(storage, info, report)).unify_dictionaries()
     try:
-        index = manifest.Index(table)
+        index = manifest.Index([table])
     except ValueError as error:
         report.damages.append(Damage(f"{info.name}/{MANIFEST}", None, f"contradicts itself: {error}"))
         return report
@@ -169,7 +169,7 @@ def _read(
     storage: Storage, info: GroupInfo, report: Report, columns: Sequence[str], name: str, unit: UnitKey | None
 ) -> pa.Table | None:
     try:
-        return manifest.read_one(storage, name, info, columns)
+        return pa.concat_tables(manifest.read_one(storage, name, info, columns)).unify_dictionaries()
     except FileNotFoundError:
         return None
     except CorruptShardError as error:

@@ -279,7 +279,11 @@ class _Handler(BaseHTTPRequestHandler):
     proxy: Proxy
 
     def _handle(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:  # the client gave up
+            self.close_connection = True
+            return
         headers = {name.lower(): value for name, value in self.headers.items()}
         judged = self.proxy.judge(self.command, self.path, headers)
         fault = judged.fault

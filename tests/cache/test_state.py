@@ -216,5 +216,5 @@ class Store(RuleBasedStateMachine):
 
 TestStore = Store.TestCase
 TestStore.settings = settings(
-    max_examples=30, stateful_step_count=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=18, stateful_step_count=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -98,7 +98,7 @@ def is_manifest_part(name: str) -> bool:
     return name.startswith("manifest/")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=90, deadline=None)
 @given(st.sampled_from([flip, truncate, grow, remove, swap]), st.integers(0, 2**32))
 def test_no_damage_is_missed_or_blamed_on_another_unit(
     sound: Path, damage: Callable[..., list[Path]], seed: int
