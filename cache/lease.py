@@ -76,7 +76,10 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._storage.swap(self._path, self._content, None)
+        if not self._storage.swap(self._path, self._content, None):
+            stored = self._read()
+            if stored is not None and (_parse(stored) or {}).get("run") == self.run:
+                self._storage.swap(self._path, stored, None)
 
     @property
     def run(self) -> str:
@@ -109,15 +112,23 @@ class Lease:
         while not self._stop.wait(self._seconds / 3):
             renewed = _Holder(**{**self._me.__dict__, "renewed": time.time()}).to_bytes()
             try:
-                if not self._storage.swap(self._path, self._content, renewed):
+                if self._storage.swap(self._path, self._content, renewed):
+                    self._content = renewed
+                    continue
+                # a renewal may have been written though its answer was lost
+                stored = self._read()
+                if stored is None or (_parse(stored) or {}).get("run") != self.run:
                     self._lost.set()
                     return
+                self._content = stored
             except (OSError, MtpdError):
                 continue  # a disk that is full or refuses for a moment: the next round tries again
-            self._content = renewed
 
     def _read(self) -> bytes | None:
-        return self._storage.read(self._path) if self._storage.exists(self._path) else None
+        try:
+            return self._storage.read(self._path)
+        except FileNotFoundError:
+            return None
 
     def _is_local(self, content: bytes) -> bool:
         holder = _parse(content)

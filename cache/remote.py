@@ -11,7 +11,7 @@ from cache.layout import ArraySpec, GroupInfo
 from cache.objects import ChangedObjectError, ObjectStorage
 from cache.shard import Bytes, DamagedBytesError, Tail
 
-_MAX_UNITS = 4096
+_MAX_UNITS = 1024
 # bytes that do not match their checksum are fetched again before they are called damaged
 _TRIES = 3
 

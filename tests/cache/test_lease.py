@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cache import BudgetError, Lease, LeaseHeldError, LocalStorage
+from cache import BudgetError, Lease, LeaseHeldError, LocalStorage, StorageError
 from cache.layout import LEASE
 
 
@@ -69,6 +69,26 @@ def test_a_run_that_lost_its_lease_stops_and_leaves_the_new_holders_alone(tmp_pa
         with pytest.raises(LeaseHeldError, match="thief"):
             lease.check()
     assert json.loads(storage.read(f"g/{LEASE}"))["host"] == "thief"
+
+
+def test_a_renewal_whose_answer_was_lost_does_not_cost_the_lease(tmp_path: Path, monkeypatch) -> None:
+    storage = LocalStorage(tmp_path)
+    swap = LocalStorage.swap
+    lost: list[bytes] = []
+
+    def without_answer(self: LocalStorage, name: str, expected: bytes | None, new: bytes | None) -> bool:
+        done = swap(self, name, expected, new)
+        if done and expected is not None and new is not None and not lost:
+            lost.append(new)
+            raise StorageError("the answer is lost")
+        return done
+
+    monkeypatch.setattr(LocalStorage, "swap", without_answer)
+    with Lease(storage, "g", seconds=0.3) as lease:
+        time.sleep(0.6)
+        assert lost
+        lease.check()
+    assert not storage.exists(f"g/{LEASE}")
 
 
 def test_a_disk_that_is_full_for_a_moment_does_not_end_the_renewing(tmp_path: Path, monkeypatch) -> None:
