@@ -255,4 +255,6 @@ def _show_stages(results: list[StageResult]) -> None:
     ]
     table("stages", ["stage", "teacher", "epochs", "val", "time", "teacher forwards", "student"], rows)
     if damaged := sum(r.damaged_rows for r in results):
-        complain(f"{damaged:,} times a row of the cache was damaged and its image skipped: `mtpd verify RECIPE --repair`")
+        complain(
+            f"{damaged:,} times a row of the cache was damaged and its image skipped: `mtpd verify RECIPE --repair`"
+        )
