@@ -8,8 +8,9 @@ loop of ``preadv`` over the same bytes as one flat file, into one buffer, in thi
 once in a random order, one contender after the other; the first epoch, in which workers start, is shown apart, the median of
 the others counts.
 
-Shown besides: the memory of this process after each epoch (RSS; it should stay), the same of all workers, and what
-/dev/shm holds before, and after the last loader is gone. Workers divide two cores with whatever else runs there.
+Shown besides: the memory of this process after each epoch (RSS; it should stay), the same of all workers, and what /dev/shm
+holds more when the last loader is gone than before (other programs' names too, if any run beside). Workers divide the cores
+with whatever else runs there.
 
     OMP_NUM_THREADS=1 python -W ignore -m benchmarks.feed --json feed.json
 """
@@ -148,7 +149,7 @@ def main(
     """Measure how fast rows are fed to a student."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    console, results = Console(), {}
+    console, results = Console(width=120), {}
     for precision in ("int8", "int4"):
         with tempfile.TemporaryDirectory(dir=folder) as root:
             result = results[precision] = measure(Path(root), precision, rows, batch, epochs)
@@ -162,7 +163,11 @@ def main(
         console.print(table)
         for name in ("rss_mb", "workers_rss_mb"):
             console.print(f"{name} after each epoch: {', '.join(f'{value:.0f}' for value in result[name])}")
-        console.print(f"/dev/shm before {result['shm_before']}, after {result['shm_after']}")
+        before, after = result["shm_before"], result["shm_after"]
+        new = set(after["names"]) - set(before["names"])
+        console.print(
+            f"/dev/shm: {after['bytes'] - before['bytes']:+} bytes, new names: {', '.join(sorted(new)) or 'none'}"
+        )
     if json_path:
         json_path.write_text(json.dumps(results, indent=1))
 

@@ -1,6 +1,6 @@
 """The record of committed rows: one Parquet part a unit, compacted from time to time. A row not in it does not exist."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ _ABSENT = -1
 _ROW_BITS = 40
 _MAX_UNIT_ROWS = 2**20
 _MAX_VIEWS = 2**10
+_STEP = 1024
 _PLACES = ("image_id", "view", "bucket", "row", "unit_rows", "source")
 IntArray = npt.NDArray[np.int64]
 
@@ -240,6 +241,7 @@ class Index:
             self._places[positions[begin : begin + piece.ids.size][piece.at], piece.views] = piece.places
             begin += piece.ids.size
         self._rows = int((self._places != _ABSENT).sum())
+        self._landmarks: list[int] = self.image_ids[::_STEP].tolist()
 
     def _piece(self, table: pa.Table) -> "_Piece":
         bucket = table["bucket"].unify_dictionaries().combine_chunks()
@@ -319,12 +321,14 @@ class Index:
         return list(zip(self.image_ids[at].tolist(), views.tolist(), strict=True))
 
     def _find(self, image_id: int, view: int) -> tuple[int, int]:
-        # a memoryview's items are Python numbers: bisecting it is several times faster than a search on the array
+        # first among every 1024th id, which stay in the processor's cache, then among 1024; a memoryview's items are Python
+        # numbers: bisecting it is several times faster than a search on the array
         ids = self.image_ids.data
-        at = bisect_left(ids, image_id)
+        first = max(0, bisect_right(self._landmarks, image_id) - 1) * _STEP
+        at = bisect_left(ids, image_id, first, min(first + _STEP, len(ids)))
         if at == len(ids) or ids[at] != image_id or not 0 <= view < self._places.shape[1]:
             return at, _ABSENT
-        return at, int(self._places[at, view])
+        return at, self._places.data[at, view]
 
     def _location(self, place: int) -> Location:
         return Location(self.buckets[place >> _ROW_BITS], place & ((1 << _ROW_BITS) - 1))

@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tensorstore
 import torch
@@ -13,6 +14,7 @@ import zarr
 from cache import (
     CorruptShardError,
     GroupInfo,
+    Index,
     LocalStorage,
     MissingRowsError,
     StaleCacheError,
@@ -200,3 +202,34 @@ def test_a_unit_whose_committed_rows_are_damaged_is_not_written_over(tmp_path: P
     with pytest.raises(CorruptShardError, match="cannot be carried over"):
         make.fill(storage, group, make.images(11))
     assert len(opened(storage, group)) == 20
+
+
+def test_a_look_up_among_many_images_is_that_of_a_dict() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.sort(rng.choice(20_000, 3_000, replace=False))
+    rows = rng.permutation(ids.size)
+    table = pa.table(
+        {
+            "image_id": ids,
+            "view": pa.array(rng.integers(0, 3, ids.size), pa.int32()),
+            "bucket": pa.array(["64x64", "32x96"]).dictionary_encode().take(pa.array(ids % 2)),
+            "row": rows,
+            "unit_rows": pa.array(np.where(ids % 2, 5, 7), pa.int32()),
+            "source": ids.astype(np.uint64),
+        }
+    )
+    views = table["view"].to_pylist()
+    expected = {(int(i), v): int(r) for i, v, r in zip(ids, views, rows, strict=True)}
+    # in any order, and in pieces
+    for index in (
+        Index([table]),
+        Index([table.slice(0, 1_700), table.slice(1_700)]),
+        Index([table.take(rng.permutation(3_000))]),
+    ):
+        assert len(index) == 3_000
+        for image_id in range(-2, 20_002):
+            for view in range(-1, 4):
+                place = index.find(image_id, view)
+                assert (None if place is None else place.row) == expected.get((image_id, view))
+        assert index.unit_rows == {"64x64": 7, "32x96": 5}
+        assert all(index.source(int(i)) == int(i) for i in ids[::97])
