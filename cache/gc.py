@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from cache.errors import StaleCacheError
 from cache.layout import LEASE, GroupInfo
 from cache.lease import Lease, is_held
 from cache.storage import Entry, Storage
@@ -41,7 +42,12 @@ def find_garbage(storage: Storage, info: GroupInfo) -> Iterator[Garbage]:
 
     Raises:
         CorruptShardError: the manifest cannot be read: nothing is garbage then.
+        StaleCacheError: the group is of format version 1, which does not say which files its rows need.
     """
+    if info.version == 1:
+        raise StaleCacheError(
+            f"{storage.where(info.name)}: written in format version 1; only the whole group can be removed."
+        )
     committed = committed_units(storage, info)
     temporary, uncommitted = [], []
     for entry in storage.walk(info.name):

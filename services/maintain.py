@@ -16,6 +16,7 @@ from cache import (
     MtpdError,
     RecipeError,
     Report,
+    StaleCacheError,
     Storage,
     find_garbage,
     list_groups,
@@ -69,8 +70,12 @@ def check(target: Target) -> list[Report]:
     """Verify every byte of the target's groups, and say what was found."""
     reports = []
     for info in target.groups():
-        reports.append(verify(target.storage, info, _every_few_seconds(f"verifying {info.name}")))
-        _show_report(reports[-1])
+        try:
+            reports.append(verify(target.storage, info, _every_few_seconds(f"verifying {info.name}")))
+        except StaleCacheError as error:
+            complain(str(error))
+        else:
+            _show_report(reports[-1])
     return reports
 
 
@@ -125,7 +130,7 @@ def garbage(target: Target, *, superseded: bool, finished: bool) -> list[Garbage
             continue
         try:
             found += find_garbage(target.storage, info)
-        except CorruptShardError as error:
+        except (CorruptShardError, StaleCacheError) as error:
             complain(f"{info.name} is left alone: {error}")
     return found
 

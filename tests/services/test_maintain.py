@@ -1,6 +1,7 @@
 """verify and gc, as the command line uses them, on a cache alone and on a recipe."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from cache import CorruptShardError, Lease, LocalStorage, MtpdError, RecipeError
 from services.cli import app
 from tests import models
 from tests.cache import make
+from tests.cache.fixtures.write import HERE
 from tests.trainer import precompute
 from trainer import load_recipe, stage_dir
 
@@ -103,6 +105,17 @@ def test_whole_groups_go_only_when_the_recipe_is_done_with_them(data: Path, tmp_
     assert not list((tmp_path / "cache").glob("small-*"))
     with pytest.raises(RecipeError, match=r"gc RECIPE\.yaml"):
         raise run("gc", str(tmp_path / "cache"), "--finished")[2] or AssertionError
+
+
+def test_groups_of_format_version_1_are_left_alone(tmp_path: Path) -> None:
+    shutil.copytree(HERE / "v1", tmp_path / "cache")
+    code, output, error = run("verify", str(tmp_path / "cache"))
+    assert (code, error) == (0, None)
+    assert "not verified" in output
+    code, output, error = run("gc", str(tmp_path / "cache"), "--delete")
+    assert (code, error) == (0, None)
+    assert "left alone" in output
+    assert len(TeacherCache.open(str(tmp_path / "cache"), "eight")) == 6
 
 
 def test_what_needs_a_recipe_or_is_nowhere_says_so(storage: LocalStorage, tmp_path: Path) -> None:
