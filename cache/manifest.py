@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -186,8 +186,7 @@ def _unit_rows_of_version_1(storage: Storage, info: GroupInfo, table: pa.Table) 
     return pa.chunked_array([pa.array(values, pa.int32())])
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(NamedTuple):
     """Where a committed row is: its bucket and its row in the bucket's arrays."""
 
     bucket: str
