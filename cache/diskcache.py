@@ -7,7 +7,6 @@ its label and a checksum, so that whatever happens to the folder, a row is eithe
 import fcntl
 import hashlib
 import os
-import shutil
 import struct
 import uuid
 from collections.abc import Iterator
@@ -65,10 +64,6 @@ class DiskCache:
     def used_bytes(self) -> int:
         """Bytes that rows take now, counted file by file."""
         return sum(size for _, size, _ in self._files())
-
-    def clear(self) -> None:
-        """Forget every row."""
-        shutil.rmtree(self.folder / _OWN, ignore_errors=True)
 
     def _put(self, path: Path, data: Bytes, end: bytes) -> None:
         """Make room for a row, count it, write it.

@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import yaml
+from typer.testing import CliRunner
 
+from cache import BudgetError, LocalStorage
+from services.cli import app
 from tests import models
 
 
@@ -76,3 +79,14 @@ def test_the_resolved_config_is_one_that_mmengine_reads(data: Path, tmp_path: Pa
     cfg = Config.fromfile(tmp_path / "stage.py")
     assert cfg.model.type == "Distiller"
     assert [t.type for t in cfg.train_dataloader.dataset.dataset.pipeline][-1] == "LoadTeacherTargets"
+
+
+def test_a_plan_that_does_not_fit_the_disk_is_refused_unless_forced(data: Path, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(models.recipe(data, tmp_path)))
+    monkeypatch.setattr(LocalStorage, "free_bytes", lambda _: 1000)
+    refused = CliRunner().invoke(app, ["plan", str(file)])
+    assert isinstance(refused.exception, BudgetError)
+    assert "--force" in str(refused.exception)
+    assert CliRunner().invoke(app, ["plan", str(file), "--force"]).exit_code == 0
+    assert not (tmp_path / "cache").exists()
