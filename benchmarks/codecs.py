@@ -40,7 +40,7 @@ from benchmarks import fidelity
 from cache import Precision, decode, encode, pool
 from cache.shard import compress
 from services.present import table
-from trainer import Distiller, LiveMaps, Teacher, TeacherSpec, assemble, stage_config
+from trainer import Batch, Distiller, LiveMaps, Teacher, TeacherSpec, assemble, stage_config
 
 Row = dict[str, Any]
 PRECISIONS: tuple[Precision, ...] = ("float16", "int8", "int4")
@@ -108,7 +108,7 @@ def gradient(distiller: Distiller, maps: Sequence[Tensor], targets: Sequence[Liv
     placed = {level: assemble(targets, level, own.shape[-2:]) for level, own in student.items()}
     teacher, valid = ({level: both[n] for level, both in placed.items()} for n in (0, 1))
     torch.manual_seed(seed)  # MGD draws its masks
-    loss = mechanism(student, teacher, valid)
+    loss = mechanism(Batch(student, teacher, valid))
     by_map = torch.autograd.grad(loss, maps, retain_graph=True)
     by_weight = torch.autograd.grad(maps, list(distiller.student.neck.parameters()), by_map, retain_graph=True)
     return {"loss": float(loss), "maps": joined(by_map), "neck": joined(by_weight), "targets": joined(teacher.values())}
@@ -137,7 +137,7 @@ def disturbance(distiller: Distiller, batches: Iterable[Any], share: float | Non
     for seed, batch in enumerate(batches):
         data = distiller.data_preprocessor(dict(batch), True)
         maps = distiller.student.neck(distiller.student.backbone(data["inputs"]))
-        exact = [sample.teacher_maps for sample in data["data_samples"]]
+        exact = [next(iter(sample.teacher_maps.values())) for sample in data["data_samples"]]
         found["float32"].append(gradient(distiller, maps, exact, seed))
         for p in PRECISIONS:
             stored = [LiveMaps({k: restore(m[None], p)[0][0] for k, m in t.maps.items()}, t.map_sizes) for t in exact]

@@ -23,7 +23,7 @@ from cache.manifest import Index, compact, load_index, part_names
 from cache.plan import Bucket, Images, Plan, Row, Unit, make_plan
 from cache.reader import TeacherCache, find_group, list_groups
 from cache.storage import LocalStorage, Storage, open_storage
-from cache.targets import RowLayout, Targets
+from cache.targets import DenseLevel, RowLayout, Targets
 from cache.verify import Damage, Report, repair, verify
 from cache.views import View, ViewPolicy, padded, resized
 from cache.writer import RowTargets, prepare, write_unit
@@ -35,6 +35,7 @@ __all__ = [
     "Compression",
     "CorruptShardError",
     "Damage",
+    "DenseLevel",
     "Detections",
     "Encoded",
     "Garbage",

@@ -18,6 +18,22 @@ _ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
+class DenseLevel:
+    """A dense head's outputs of one level at the positions where its highest class logit is largest, best first.
+
+    Attributes:
+        indices: (k,) int64, ``(y * w + x) * anchors + anchor``, as mmdet flattens a head's maps.
+        logits: (k, classes) float32, before sigmoid or softmax.
+        terms: (k, ...) float32, the box terms of the same positions as the head gives them: deltas, distances, or a
+            distribution's logits.
+    """
+
+    indices: Tensor
+    logits: Tensor
+    terms: Tensor
+
+
+@dataclass(frozen=True)
 class RowLayout:
     """How the arrays of one row of a bucket lie behind each other in a buffer.
 

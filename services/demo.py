@@ -103,7 +103,7 @@ def _arms(work_dir: Path) -> dict[str, Recipe]:
 def _show(arms: dict[str, Recipe], results: dict[str, list[StageResult]]) -> None:
     rows: list[list[object]] = []
     for name, stages in results.items():
-        sequence = " then ".join(f"{stage.teacher or 'no teacher'}, {stage.epochs}" for stage in arms[name].stages)
+        sequence = " then ".join(f"{stage.label}, {stage.epochs}" for stage in arms[name].stages)
         reached = " -> ".join(ap(stage.metrics) for stage in stages)
         rows.append([name, sequence, reached, duration(sum(stage.seconds for stage in stages))])
     table("three arms at equal epochs", ["arm", "stages (teacher, epochs)", "val after each stage", "time"], rows)

@@ -52,7 +52,7 @@ class FillResult:
 
 def used_teachers(recipe: Recipe) -> list[str]:
     """The teachers of the recipe's stages, each once, in order."""
-    return list(dict.fromkeys(stage.teacher for stage in recipe.stages if stage.teacher is not None))
+    return list(dict.fromkeys(name for stage in recipe.stages for name in stage.teachers))
 
 
 def plan_teacher(recipe: Recipe, teacher: str) -> Plan:

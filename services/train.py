@@ -33,7 +33,7 @@ def train(
 def _train_stage(recipe: Recipe, stage: int, targets: TargetSource, quiet: bool) -> StageResult:
     _, done = open_stage(recipe, stage, targets)
     spec = recipe.stages[stage - 1]
-    name = f"stage {stage} of {len(recipe.stages)} ({spec.teacher or 'no teacher'}, {spec.epochs} epochs)"
+    name = f"stage {stage} of {len(recipe.stages)} ({spec.label}, {spec.epochs} epochs)"
     if done is not None:
         say(f"{name}: done before, {ap(done.metrics)}")
         return done

@@ -18,6 +18,7 @@ from trainer.annotations import Annotations, read_annotations
 from trainer.compute import Failure, UnitComputer
 from trainer.dataset import ViewedDataset, ViewSampler, epoch_order
 from trainer.distiller import Distiller
+from trainer.mechanisms import Batch
 from trainer.recipe import Recipe, StageSpec, TeacherSpec, load_recipe, parse_recipe
 from trainer.sample import Agreement, SampleReport, compare_sample
 from trainer.scenes import CLASSES, SceneOptions, generate
@@ -32,6 +33,7 @@ __all__ = [
     "Agreement",
     "Annotations",
     "ApplyView",
+    "Batch",
     "CachedMaps",
     "Distiller",
     "Failure",

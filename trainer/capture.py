@@ -47,6 +47,34 @@ def captured(model: nn.Module, modules: Sequence[str], key: str) -> Iterator[dic
             handle.remove()
 
 
+@contextmanager
+def recorded(detector: nn.Module) -> Iterator[dict[str, Any]]:
+    """Record what a detector's ``extract_feat`` and its dense ``bbox_head`` give while the context is open.
+
+    Yields:
+        ``features``: the maps of ``extract_feat``; ``head``: the head's outputs, absent for detectors without one.
+    """
+    made: dict[str, Any] = {}
+    extract = detector.extract_feat
+
+    def extract_and_keep(*arguments: Any, **options: Any) -> Any:
+        made["features"] = extract(*arguments, **options)
+        return made["features"]
+
+    def keep_head(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        made["head"] = output
+
+    detector.extract_feat = extract_and_keep
+    head = getattr(detector, "bbox_head", None)
+    handle = None if head is None else head.register_forward_hook(keep_head)
+    try:
+        yield made
+    finally:
+        del detector.extract_feat
+        if handle is not None:
+            handle.remove()
+
+
 def flatten(outputs: dict[str, list[Tensor]], modules: Sequence[str], key: str) -> list[Tensor]:
     """The captured maps in the order of the modules.
 

@@ -1,7 +1,7 @@
 """Student and mechanisms as one mmdet model, trained by an ordinary mmengine Runner."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from cache import Level, RecipeError
-from trainer.capture import captured, flatten, measure_levels
+from trainer.capture import captured, flatten, measure_levels, recorded
 from trainer.checkpoint import inherit, load_strict, read_weights
-from trainer.mechanisms import MECHANISMS
+from trainer.mechanisms import MECHANISMS, Batch, Mechanism
 from trainer.recipe import TeacherSpec
 from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
 from trainer.teacher import Teacher
@@ -21,30 +21,30 @@ from trainer.teacher import Teacher
 
 @MODELS.register_module()
 class Distiller(BaseModel):
-    """A student that is trained on its own losses and on a teacher's features.
+    """A student that is trained on its own losses and on its teachers' targets.
 
-    Every sample comes with its teacher's features: as ``teacher_maps``, which `LoadTeacherTargets` read from the cache, or
-    from the live teacher here. Prediction is the student's alone.
+    Every sample comes with them in ``teacher_maps``, by the teacher's name: `LoadTeacherTargets` read them from the cache, or
+    the live teacher made them here. With several teachers each mechanism's losses are averaged over them. Prediction is the
+    student's alone.
 
     Args:
         student: config of the detector.
         mechanisms: configs of the mechanisms; none trains the student alone.
-        teacher_levels: what the teacher gives, ``{"P3": [256, 8, 1], ...}``: channels, stride and pooling window.
+        teachers: by name what each gives: ``levels``, ``{"P3": [256, 8, 1], ...}`` (channels, stride and pooling window), and
+            ``live``, a `TeacherSpec` as a dict, to run it beside the student instead of reading its cache.
         capture: modules of the student whose maps are matched.
         checkpoint: weights of the student to start from.
         inherit_from: a teacher's checkpoint whose neck and heads the student takes over.
-        live_teacher: `TeacherSpec` as a dict, to run the teacher beside the student instead of reading its cache.
     """
 
     def __init__(
         self,
         student: dict[str, Any],
         mechanisms: Sequence[dict[str, Any]] = (),
-        teacher_levels: dict[str, Sequence[int]] | None = None,
+        teachers: Mapping[str, dict[str, Any]] | None = None,
         capture: Sequence[str] = ("neck",),
         checkpoint: str | None = None,
         inherit_from: str | None = None,
-        live_teacher: dict[str, Any] | None = None,
     ) -> None:
         detector = MODELS.build(student)
         if getattr(detector.data_preprocessor, "batch_augments", None):
@@ -52,23 +52,33 @@ class Distiller(BaseModel):
                 "student.config: its data_preprocessor has batch_augments, which change the pixels after the view. "
                 "Switch them off: student.cfg_options: {model.data_preprocessor.batch_augments: null}"
             )
-        super().__init__(data_preprocessor=_Preprocessor(detector.data_preprocessor, live_teacher))
+        teachers = teachers or {}
+        live = {name: given["live"] for name, given in teachers.items() if given.get("live")}
+        super().__init__(data_preprocessor=_Preprocessor(detector.data_preprocessor, live))
         self.student = detector
         self.capture = list(capture) if mechanisms else []
         self._checkpoint, self._inherit_from = checkpoint, inherit_from
         self.mechanisms = nn.ModuleDict()
-        if mechanisms:
-            ours = measure_levels(self.student, self.capture, "student.capture")
-            self._level_names = [level.name for level in ours]
-            theirs = [Level(name, *map(int, numbers)) for name, numbers in (teacher_levels or {}).items()]
-            self._windows = {level.name: level.pool for level in theirs}
+        self._of_teacher: dict[str, dict[str, str]] = {}  # per teacher: the loss's name -> its mechanism's
+        self._windows: dict[str, dict[str, int]] = {}
+        if not mechanisms:
+            return
+        ours = measure_levels(self.student, self.capture, "student.capture")
+        self._level_names = [level.name for level in ours]
+        for place, (teacher, given) in enumerate(teachers.items()):
+            theirs = [Level(name, *map(int, numbers)) for name, numbers in given["levels"].items()]
+            self._windows[teacher] = {level.name: level.pool for level in theirs}
+            self._of_teacher[teacher] = {}
             for name, spec in zip(_names(mechanisms), mechanisms, strict=True):
                 arguments = {key: value for key, value in spec.items() if key != "type"}
-                self.mechanisms[name] = MECHANISMS.get(spec["type"])(ours, theirs, **arguments)
+                # a module's name may hold no dot, a teacher's may
+                own = name if len(teachers) == 1 else f"{name}_of_{place + 1}"
+                self.mechanisms[own] = MECHANISMS.get(spec["type"])(ours, theirs, **arguments)
+                self._of_teacher[teacher][f"loss_{name}" if len(teachers) == 1 else f"loss_{name}_{teacher}"] = own
 
     @property
     def teacher_forwards(self) -> int:
-        """Images that the live teacher saw."""
+        """Images that the live teachers saw."""
         return self.data_preprocessor.teacher_forwards
 
     @property
@@ -93,60 +103,87 @@ class Distiller(BaseModel):
         """As any mmdet detector; with ``mode="loss"`` the mechanisms' losses join the student's."""
         if mode != "loss" or not self.mechanisms:
             return self.student(inputs, data_samples, mode=mode)
-        with captured(self.student, self.capture, "student.capture") as outputs:
-            losses = self.student(inputs, data_samples, mode="loss")
+        samples = data_samples or []
+        with captured(self.student, self.capture, "student.capture") as outputs, recorded(self.student) as made:
+            losses = self.student(inputs, samples, mode="loss")
         maps = dict(zip(self._level_names, flatten(outputs, self.capture, "student.capture"), strict=True))
-        batch: list[TeacherMaps] = [sample.teacher_maps for sample in data_samples or ()]
-        used = {level for mechanism in self.mechanisms.values() for level in mechanism.pairs}
-        targets, valid = {}, {}
-        for level in used:
-            maps[level] = pool_student(maps[level], [m.map_sizes[level] for m in batch], self._windows[level])
-            targets[level], valid[level] = assemble(batch, level, maps[level].shape[-2:])
-        for name, mechanism in self.mechanisms.items():
-            losses[f"loss_{name}"] = mechanism(maps, targets, valid)
+        for teacher, mechanisms in self._of_teacher.items():
+            given = [sample.teacher_maps[teacher] for sample in samples]
+            batch = self._batch(teacher, given, maps, inputs, samples, made)
+            for loss, own in mechanisms.items():
+                losses[loss] = self.mechanisms[own](batch) / len(self._of_teacher)
         return losses
+
+    def _batch(
+        self,
+        teacher: str,
+        given: Sequence[TeacherMaps],
+        maps: Mapping[str, Tensor],
+        inputs: Tensor,
+        samples: Sequence[Any],
+        made: Mapping[str, Any],
+    ) -> Batch:
+        """One teacher's targets beside what the student made."""
+        mechanisms: list[Mechanism] = [self.mechanisms[own] for own in self._of_teacher[teacher].values()]
+        ours, targets, valid = dict(maps), {}, {}
+        for level in {level for mechanism in mechanisms for level in mechanism.pairs}:
+            own = [one.map_sizes[level] for one in given]
+            ours[level] = pool_student(maps[level], own, self._windows[teacher][level])
+            targets[level], valid[level] = assemble(given, level, ours[level].shape[-2:])
+        return Batch(
+            maps=ours,
+            targets=targets,
+            valid=valid,
+            samples=samples,
+            inputs=inputs,
+            student=self.student,
+            features=tuple(made["features"]),
+            head_outputs=made.get("head"),
+        )
 
 
 class _Preprocessor(nn.Module):
-    """The student's data preprocessor, and what brings each sample its teacher's features.
+    """The student's data preprocessor, and what brings each sample its teachers' targets.
 
-    The live teacher looks at the pixels as they were loaded; features from the cache travel to the device still quantised.
+    Live teachers look at the pixels as they were loaded; features from the cache travel to the device still quantised.
     """
 
-    def __init__(self, student: nn.Module, live_teacher: dict[str, Any] | None) -> None:
+    def __init__(self, student: nn.Module, live_teachers: Mapping[str, dict[str, Any]]) -> None:
         super().__init__()
         self.student = student
         self.teacher_forwards = 0
         self.damaged_rows = 0
-        # in a list, so that it is no submodule: it must stay in eval mode and out of the checkpoints
-        self._teacher = [] if live_teacher is None else [_live(live_teacher)]
+        # a plain dict, so that they are no submodules: they must stay in eval mode and out of the checkpoints
+        self._teachers = {name: _live(name, spec) for name, spec in live_teachers.items()}
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        cached: Sequence[CachedMaps] = data.pop("teacher_maps", ())
-        live = [self._look(image) for image in data["inputs"]] if training and self._teacher else ()
+        cached: Mapping[str, Sequence[CachedMaps]] = data.pop("teacher_maps", {})
+        maps: dict[str, Sequence[TeacherMaps]] = {}
+        if training:
+            maps = {name: [self._look(name, image) for image in data["inputs"]] for name in self._teachers}
         data = self.student(data, training)
-        if training and (cached or live):
+        if training:
             # from pinned memory the copies run beside the computation
-            moved = live or [m.to(self.student.device, non_blocking=True) for m in cached]
-            for sample, maps in zip(data["data_samples"], moved, strict=True):
-                sample.teacher_maps = maps
+            for name, stored in cached.items():
+                maps[name] = [one.to(self.student.device, non_blocking=True) for one in stored]
+            for n, sample in enumerate(data["data_samples"]):
+                sample.teacher_maps = {name: of_batch[n] for name, of_batch in maps.items()}
                 self.damaged_rows += sample.metainfo.get("damaged_rows", 0)
         return data
 
-    def _look(self, image: Tensor) -> LiveMaps:
-        self._teacher[0].to(self.student.device)
+    def _look(self, name: str, image: Tensor) -> LiveMaps:
+        teacher = self._teachers[name]
+        teacher.to(self.student.device)
         # one image at a time, padded to its own shape, for a target must not depend on its batch-mates
-        output = self._teacher[0]([image], detect=False)
+        output = teacher([image], detect=False)
         self.teacher_forwards += 1
-        return LiveMaps({name: maps[0] for name, maps in output.features.items()}, output.map_sizes)
+        return LiveMaps({level: maps[0] for level, maps in output.features.items()}, output.map_sizes)
 
 
-def _live(spec: dict[str, Any]) -> Teacher:
-    name = spec["name"]
-    arguments = {key: value for key, value in spec.items() if key != "name"}
+def _live(name: str, spec: dict[str, Any]) -> Teacher:
     # the weights that it is built with, before its own are loaded, must not shift the student's random numbers
     with torch.random.fork_rng():
-        return Teacher(TeacherSpec.model_validate(arguments), name)
+        return Teacher(TeacherSpec.model_validate(spec), name)
 
 
 def _names(mechanisms: Sequence[dict[str, Any]]) -> list[str]:

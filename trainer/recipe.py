@@ -161,7 +161,8 @@ class StudentSpec(_Spec):
 
     Attributes:
         checkpoint: weights to start from; with null its config's ``init_cfg`` decides.
-        inherit: copy the first stage's teacher's neck and heads into the student where names and shapes agree.
+        inherit: copy the neck and heads of the first stage's teacher (the first of several) into the student where names and
+            shapes agree.
         capture: modules whose maps are matched with the teacher's levels.
     """
 
@@ -173,9 +174,13 @@ class StudentSpec(_Spec):
 
 
 class StageSpec(_Spec):
-    """One teacher, its mechanisms and a number of epochs. Without a teacher the student trains alone."""
+    """One teacher, its mechanisms and a number of epochs. Without a teacher the student trains alone.
 
-    teacher: str | None = None
+    Attributes:
+        teacher: a name, or several for an ensemble: each mechanism's losses are averaged over them.
+    """
+
+    teacher: str | Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     mechanisms: tuple[MechanismSpec, ...] = ()
     epochs: PositiveInt = 12
 
@@ -183,7 +188,19 @@ class StageSpec(_Spec):
     def _teacher_and_mechanisms(self) -> "StageSpec":
         if (self.teacher is None) != (not self.mechanisms):
             raise ValueError("a stage has a teacher and mechanisms, or neither")
+        if len(set(self.teachers)) < len(self.teachers):
+            raise ValueError("a teacher is named twice")
         return self
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The names of its teachers."""
+        return () if self.teacher is None else (self.teacher,) if isinstance(self.teacher, str) else self.teacher
+
+    @property
+    def label(self) -> str:
+        """Its teachers for people: ``swin-t``, ``swin-t + swin-s``, ``no teacher``."""
+        return " + ".join(self.teachers) or "no teacher"
 
 
 class TrainingSpec(_Spec):
@@ -211,9 +228,10 @@ class Recipe(_Spec):
     @model_validator(mode="after")
     def _stages_name_teachers(self) -> "Recipe":
         for number, stage in enumerate(self.stages, start=1):
-            if stage.teacher is not None and stage.teacher not in self.teachers:
-                known = ", ".join(self.teachers) or "none"
-                raise ValueError(f"stages.{number}.teacher: {stage.teacher!r} is not in `teachers` ({known})")
+            for name in stage.teachers:
+                if name not in self.teachers:
+                    known = ", ".join(self.teachers) or "none"
+                    raise ValueError(f"stages.{number}.teacher: {name!r} is not in `teachers` ({known})")
         if self.student.inherit and self.stages[0].teacher is None:
             raise ValueError("student.inherit: the first stage has no teacher to inherit from")
         return self

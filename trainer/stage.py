@@ -30,6 +30,7 @@ class StageResult:
 
     Attributes:
         stage: number of the stage, from 1.
+        teacher: its teachers, joined by `` + ``; None without one.
         metrics: COCO metrics of the student on the val set, such as ``bbox_mAP``, in [0, 1].
         seconds: wall time of the training, evaluation included; of all attempts if it was resumed.
         images: samples that the student was trained on.
@@ -90,7 +91,7 @@ def train_stage(
     student_file = folder / "student.pth"
     result = StageResult(
         stage=stage,
-        teacher=recipe.stages[stage - 1].teacher,
+        teacher=recipe.stages[stage - 1].label if recipe.stages[stage - 1].teachers else None,
         epochs=recipe.stages[stage - 1].epochs,
         metrics=_nothing_found(cfg) | (record.metrics or {}),
         seconds=record.seconds_before + time.monotonic() - started,
@@ -122,7 +123,7 @@ def open_stage(recipe: Recipe, stage: int, targets: TargetSource = "cache") -> t
     _refuse_other_recipe(folder, cfg)
     if (folder / "result.json").exists():
         return cfg, StageResult(**json.loads((folder / "result.json").read_text()))
-    if recipe.stages[stage - 1].teacher is not None and targets == "cache":
+    if recipe.stages[stage - 1].teachers and targets == "cache":
         _refuse_missing_rows(recipe, cfg)
     return cfg, None
 
@@ -134,23 +135,21 @@ def _nothing_found(cfg: Config) -> dict[str, float]:
 
 
 def _refuse_missing_rows(recipe: Recipe, cfg: Config) -> None:
-    transform = next(
-        t
-        for d in nested(plain_dict(cfg.train_dataloader))
-        for t in d.get("pipeline", ())
-        if t["type"] == "LoadTeacherTargets"
-    )
-    cache = TeacherCache.open(transform["uri"], transform["teacher"], fingerprint=transform["fingerprint"])
     images = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").images
-    committed = cache.index.committed(images.ids, len(recipe.policy))
-    if not committed.all():
-        missing = images.ids[~committed.all(axis=1)]
-        shown = ", ".join(str(i) for i in missing[:10])
-        raise MissingRowsError(
-            f"{recipe.cache.uri}: teacher {cache.info.teacher!r} lacks {int((~committed).sum())} of {committed.size} rows, "
-            f"of {missing.size} images (ids {shown}{', ...' if missing.size > 10 else ''}). Resume with `mtpd precompute "
-            f"RECIPE --teacher {cache.info.teacher}`; if it cannot read these images, take them out of the annotation file."
-        )
+    for transform in (t for d in nested(plain_dict(cfg.train_dataloader)) for t in d.get("pipeline", ())):
+        if transform["type"] != "LoadTeacherTargets":
+            continue
+        cache = TeacherCache.open(transform["uri"], transform["teacher"], fingerprint=transform["fingerprint"])
+        committed = cache.index.committed(images.ids, len(recipe.policy))
+        if not committed.all():
+            missing = images.ids[~committed.all(axis=1)]
+            shown = ", ".join(str(i) for i in missing[:10])
+            raise MissingRowsError(
+                f"{recipe.cache.uri}: teacher {cache.info.teacher!r} lacks {int((~committed).sum())} of {committed.size} rows, "
+                f"of {missing.size} images (ids {shown}{', ...' if missing.size > 10 else ''}). Resume with `mtpd precompute "
+                f"RECIPE --teacher {cache.info.teacher}`; if it cannot read these images, take them out of the annotation "
+                "file."
+            )
 
 
 def _refuse_other_recipe(folder: Path, cfg: Config) -> None:

@@ -1,5 +1,6 @@
 """A recipe's stage -> an ordinary mmengine config: the student's own, with views, targets, mechanisms and schedule in it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,10 +46,10 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
     if train.classes != val.classes:
         raise RecipeError("dataset: train and val have different categories; give both files the same `categories`.")
     set_classes(cfg.model, len(train.classes))
-    info = None if spec.teacher is None else teacher_info(recipe, spec.teacher)
-    _set_data(cfg, recipe, train, spec, info if targets == "cache" else None)
+    infos = [teacher_info(recipe, name) for name in spec.teachers]
+    _set_data(cfg, recipe, train, spec, infos if targets == "cache" else [])
     _set_schedule(cfg, spec, train, recipe.training.workers)
-    _set_model(cfg, recipe, stage, info, targets)
+    _set_model(cfg, recipe, stage, infos, targets)
     cfg.custom_imports = dict(imports=["trainer"], allow_failed_imports=False)
     cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="SeedEpochHook", seed=recipe.training.seed)]
     cfg.randomness = dict(seed=recipe.training.seed)
@@ -81,7 +82,7 @@ def student_config(cfg: Config) -> Config:
     return alone
 
 
-def _set_data(cfg: Config, recipe: Recipe, train: Annotations, spec: StageSpec, cached: GroupInfo | None) -> None:
+def _set_data(cfg: Config, recipe: Recipe, train: Annotations, spec: StageSpec, cached: Sequence[GroupInfo]) -> None:
     dataset = next((d for d in nested(plain_dict(cfg.train_dataloader.dataset)) if "ann_file" in d), None)
     if dataset is None:
         raise RecipeError("student.config: train_dataloader.dataset has no data set with an ann_file.")
@@ -100,8 +101,9 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, spec: StageSpec, 
     pipeline = [kept.get("LoadImageFromFile", dict(type="LoadImageFromFile")), load_annotations, view]
     pipeline += [kept["FilterAnnotations"]] if "FilterAnnotations" in kept else []
     pipeline += [dict(type="PackDetInputs", meta_keys=[*meta, "view"])]
-    if cached is not None:
-        pipeline.append(_load_targets(cfg, recipe, spec, cached))
+    pipeline += [_load_targets(recipe, spec, info) for info in cached]
+    if cached:
+        _suit_loader(cfg, recipe)
     coco = dict(type="CocoDataset", metainfo=dict(classes=train.classes), data_root=None, backend_args=None)
     cfg.train_dataloader.dataset = dict(
         type="ViewedDataset",
@@ -135,20 +137,25 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, spec: StageSpec, 
         evaluator.ann_file = recipe.dataset.val.ann_file
 
 
-def _load_targets(cfg: Config, recipe: Recipe, spec: StageSpec, cached: GroupInfo) -> dict[str, Any]:
-    """The transform that reads the cache, and a loader that suits it."""
-    cache, loader = recipe.cache, cfg.train_dataloader
+def _load_targets(recipe: Recipe, spec: StageSpec, cached: GroupInfo) -> dict[str, Any]:
+    """The transform that reads a teacher's targets."""
+    cache = recipe.cache
     transform = dict(type="LoadTeacherTargets", uri=cache.uri, teacher=cached.teacher, fingerprint=cached.record)
     if all(mechanism.get("levels") for mechanism in spec.mechanisms):
         wanted = {level for mechanism in spec.mechanisms for level in mechanism["levels"]}
         transform["levels"] = [level.name for level in cached.levels if level.name in wanted]
     if cache.local_dir is not None:
         transform |= dict(local_dir=cache.local_dir, local_bytes=cache.local_bytes)
-    if "://" in cache.uri and loader.get("num_workers", 0):
+    return transform
+
+
+def _suit_loader(cfg: Config, recipe: Recipe) -> None:
+    """A loader for samples with targets from a cache."""
+    loader = cfg.train_dataloader
+    if "://" in recipe.cache.uri and loader.get("num_workers", 0):
         loader.multiprocessing_context = "forkserver"  # the client of an object storage does not survive a fork
     if torch.cuda.is_available():
         loader.pin_memory = True
-    return transform
 
 
 def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations, workers: int) -> None:
@@ -176,7 +183,7 @@ def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations, workers: int
     cfg.default_hooks.checkpoint = dict(type="CheckpointHook", interval=1, max_keep_ckpts=1)
 
 
-def _set_model(cfg: Config, recipe: Recipe, stage: int, info: GroupInfo | None, targets: TargetSource) -> None:
+def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInfo], targets: TargetSource) -> None:
     spec, student = recipe.stages[stage - 1], recipe.student
     checkpoint = student.checkpoint if stage == 1 else str(stage_dir(recipe, stage - 1) / "student.pth")
     if stage > 1 and not Path(checkpoint).is_file():
@@ -190,11 +197,12 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, info: GroupInfo | None, 
         capture=list(student.capture),
         checkpoint=checkpoint,
     )
-    if info is not None and spec.teacher is not None:
-        teacher = recipe.teachers[spec.teacher]
-        distiller["teacher_levels"] = {level.name: [level.channels, level.stride, level.pool] for level in info.levels}
-        if stage == 1 and student.inherit:
-            distiller["inherit_from"] = teacher.checkpoint
+    distiller["teachers"] = {}
+    for info in infos:
+        given = dict(levels={level.name: [level.channels, level.stride, level.pool] for level in info.levels})
         if targets == "online":
-            distiller["live_teacher"] = dict(name=spec.teacher, **teacher.model_dump(mode="json"))
+            given["live"] = recipe.teachers[info.teacher].model_dump(mode="json")
+        distiller["teachers"][info.teacher] = given
+    if stage == 1 and student.inherit:
+        distiller["inherit_from"] = recipe.teachers[spec.teachers[0]].checkpoint
     cfg.model = distiller

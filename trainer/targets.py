@@ -1,24 +1,32 @@
 """Teacher targets on their way through a batch: from each image's own maps to padded maps with a mask."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from cache import RowLayout, decode, pool
+from cache import DenseLevel, Detections, RowLayout, decode, pool
 
 
 class TeacherMaps(Protocol):
-    """One image's features, wherever they come from.
+    """One image's targets, wherever they come from.
 
     Attributes:
         map_sizes: per level the rows and columns of the detector's own map, before pooling.
+        dense: per level the sparse outputs of the teacher's dense head; empty if they were not asked for.
+        detections: what the teacher detected, boxes in pixels of the view; None if it was not asked for.
     """
 
     @property
     def map_sizes(self) -> dict[str, tuple[int, int]]: ...
+
+    @property
+    def dense(self) -> Mapping[str, DenseLevel]: ...
+
+    @property
+    def detections(self) -> Detections | None: ...
 
     def level(self, name: str) -> Tensor:
         """A level's map (C, h, w) float32, pooled where the recipe says so."""
@@ -31,10 +39,12 @@ class CachedMaps:
     Attributes:
         buffer: uint8, every level's maps and scales.
         layout: where each lies in the buffer.
+        detections: on the CPU; None if they were not asked for.
     """
 
     buffer: Tensor
     layout: RowLayout
+    detections: Detections | None = None
 
     @property
     def map_sizes(self) -> dict[str, tuple[int, int]]:
@@ -43,11 +53,11 @@ class CachedMaps:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "CachedMaps":
         """The same on another device."""
-        return CachedMaps(self.buffer.to(device, non_blocking=non_blocking), self.layout)
+        return replace(self, buffer=self.buffer.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "CachedMaps":
         """The same in pinned memory; torch's DataLoader calls this."""
-        return CachedMaps(self.buffer.pin_memory(), self.layout)
+        return replace(self, buffer=self.buffer.pin_memory())
 
     def level(self, name: str) -> Tensor:
         """A level's map, dequantised on the device of the buffer."""
@@ -62,10 +72,13 @@ class LiveMaps:
     Attributes:
         maps: per level (C, h, w), pooled where the recipe says so.
         map_sizes: per level the rows and columns before pooling.
+        dense, detections: see `TeacherMaps`.
     """
 
     maps: dict[str, Tensor]
     map_sizes: dict[str, tuple[int, int]]
+    dense: Mapping[str, DenseLevel] = field(default_factory=dict)
+    detections: Detections | None = None
 
     def level(self, name: str) -> Tensor:
         """A level's map."""

@@ -44,8 +44,8 @@ class ApplyView(BaseTransform):
 class LoadTeacherTargets(BaseTransform):
     """Give a packed sample its teacher's features, as stored; they are dequantised on the student's device.
 
-    Goes behind ``PackDetInputs``, whose ``meta_keys`` must include ``img_id`` and ``view``. The sample gets
-    ``teacher_maps``, a `CachedMaps`.
+    Goes behind ``PackDetInputs``, whose ``meta_keys`` must include ``img_id`` and ``view``. The sample gets a `CachedMaps`
+    under the teacher's name in ``teacher_maps``; several teachers take one such transform each.
 
     Args:
         uri: the cache.
@@ -79,4 +79,5 @@ class LoadTeacherTargets(BaseTransform):
         sample = results["data_samples"]
         # a copy: a view would drag its whole shard along when a loader's worker hands it over
         targets = self.cache[sample.img_id, sample.view].copy()
-        return {**results, "teacher_maps": CachedMaps(targets.buffer, targets.layout)}
+        maps = CachedMaps(targets.buffer, targets.layout)
+        return {**results, "teacher_maps": {**results.get("teacher_maps", {}), self.cache.info.teacher: maps}}

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from cache import Level, RecipeError
-from trainer.mechanisms import FeatureMatchingLoss, MGDLoss, PKDLoss, check_mechanism
+from trainer.mechanisms import Batch, FeatureMatchingLoss, MGDLoss, PKDLoss, check_mechanism
 
 C = 6
 SIZES = [(5, 7), (4, 8)]  # two images of different shapes in one batch of 5 x 8
@@ -34,7 +34,7 @@ def columns(maps: Tensor) -> Tensor:
 
 def test_feature_matching_is_the_mean_squared_error_of_the_own_maps() -> None:
     student, teacher, valid = batch()
-    loss = FeatureMatchingLoss(LEVELS, LEVELS, loss_weight=2.0)(student, teacher, valid)
+    loss = FeatureMatchingLoss(LEVELS, LEVELS, loss_weight=2.0)(Batch(student, teacher, valid))
     expected = 2.0 * torch.nn.functional.mse_loss(columns(student["P3"]), columns(teacher["P3"]))
     torch.testing.assert_close(loss, expected)
 
@@ -44,14 +44,14 @@ def test_normalised_feature_matching_does_not_depend_on_the_teachers_magnitude()
     mechanism = FeatureMatchingLoss(LEVELS, LEVELS, normalize=True)
     s, t = columns(student["P3"]), columns(teacher["P3"])
     expected = ((s - t).square() / t.var(dim=1, correction=0, keepdim=True)).mean()
-    torch.testing.assert_close(mechanism(student, teacher, valid), expected)
-    scaled = mechanism({"P3": student["P3"] * 50}, {"P3": teacher["P3"] * 50}, valid)
+    torch.testing.assert_close(mechanism(Batch(student, teacher, valid)), expected)
+    scaled = mechanism(Batch({"P3": student["P3"] * 50}, {"P3": teacher["P3"] * 50}, valid))
     torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_pkd_is_one_minus_pearsons_r_of_the_own_maps() -> None:
     student, teacher, valid = batch()
-    loss = PKDLoss(LEVELS, LEVELS, loss_weight=6.0)(student, teacher, valid)
+    loss = PKDLoss(LEVELS, LEVELS, loss_weight=6.0)(Batch(student, teacher, valid))
     r = [
         torch.corrcoef(torch.stack([s, t]))[0, 1]
         for s, t in zip(columns(student["P3"]), columns(teacher["P3"]), strict=True)
@@ -66,7 +66,7 @@ def test_pkd_is_one_minus_pearsons_r_of_the_own_maps() -> None:
 def test_pkd_of_a_constant_channel_has_finite_gradients() -> None:
     student, teacher, valid = batch()
     student["P3"] = torch.zeros_like(student["P3"], requires_grad=True)
-    PKDLoss(LEVELS, LEVELS)(student, teacher, valid).backward()
+    PKDLoss(LEVELS, LEVELS)(Batch(student, teacher, valid)).backward()
     assert student["P3"].grad is not None
     assert torch.isfinite(student["P3"].grad).all()
 
@@ -79,7 +79,7 @@ def test_mgd_of_a_mixed_batch_is_that_of_each_image_alone() -> None:
         (second(first(s[None]).relu()) - t[None]).square().sum()
         for s, t in zip(own(student["P3"]), own(teacher["P3"]), strict=True)
     )
-    torch.testing.assert_close(mechanism(student, teacher, valid), 0.5 * expected / 2)
+    torch.testing.assert_close(mechanism(Batch(student, teacher, valid)), 0.5 * expected / 2)
 
 
 def test_mgd_hides_the_asked_share_of_positions_in_all_channels_at_once() -> None:
@@ -87,7 +87,7 @@ def test_mgd_hides_the_asked_share_of_positions_in_all_channels_at_once() -> Non
     seen = []
     mechanism.generation["P3"][0].register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0]))
     ones = {"P3": torch.ones(4, C, 50, 50)}
-    mechanism(ones, ones, {"P3": torch.ones(4, 1, 50, 50, dtype=torch.bool)})
+    mechanism(Batch(ones, ones, {"P3": torch.ones(4, 1, 50, 50, dtype=torch.bool)}))
     hidden = seen[0] == 0
     assert (hidden.all(dim=1) == hidden.any(dim=1)).all()
     assert abs(hidden.float().mean().item() - 0.65) < 0.03
@@ -97,9 +97,9 @@ def test_mgd_hides_the_asked_share_of_positions_in_all_channels_at_once() -> Non
 def test_what_lies_in_the_padding_never_matters(mechanism) -> None:
     student, teacher, valid = batch()
     built = mechanism(LEVELS, LEVELS, **({"mask_ratio": 0.0} if mechanism is MGDLoss else {}))
-    before = built(student, teacher, valid)
+    before = built(Batch(student, teacher, valid))
     noisy = {"P3": torch.where(valid["P3"], student["P3"], torch.full_like(student["P3"], 77.0))}
-    torch.testing.assert_close(built(noisy, teacher, valid), before)
+    torch.testing.assert_close(built(Batch(noisy, teacher, valid)), before)
 
 
 @pytest.mark.parametrize("mechanism", [FeatureMatchingLoss, PKDLoss, MGDLoss])
@@ -110,12 +110,12 @@ def test_other_channels_get_an_adapter_that_learns(mechanism) -> None:
         (Level("P3", 4, 8),), LEVELS, loss_weight=1.0, **({"mask_ratio": 0.0} if mechanism is MGDLoss else {})
     )
     optimizer = torch.optim.SGD(built.parameters(), 0.002)
-    first = built(student, teacher, valid)
+    first = built(Batch(student, teacher, valid))
     for _ in range(20):
         optimizer.zero_grad()
-        built(student, teacher, valid).backward()
+        built(Batch(student, teacher, valid)).backward()
         optimizer.step()
-    assert built(student, teacher, valid) < first
+    assert built(Batch(student, teacher, valid)) < first
 
 
 def test_levels_are_paired_by_stride_not_by_place() -> None:

@@ -1,8 +1,18 @@
 """Distillation losses, one a file, each registered in `MECHANISMS` and named so in a recipe's ``mechanisms``."""
 
-from trainer.mechanisms.base import MECHANISMS, Mechanism, check_mechanism
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, Mechanism, Need, check_mechanism
 from trainer.mechanisms.feature_matching import FeatureMatchingLoss
 from trainer.mechanisms.mgd import MGDLoss
 from trainer.mechanisms.pkd import PKDLoss
 
-__all__ = ["MECHANISMS", "FeatureMatchingLoss", "MGDLoss", "Mechanism", "PKDLoss", "check_mechanism"]
+__all__ = [
+    "MECHANISMS",
+    "Batch",
+    "FeatureMatchingLoss",
+    "LevelMechanism",
+    "MGDLoss",
+    "Mechanism",
+    "Need",
+    "PKDLoss",
+    "check_mechanism",
+]

@@ -1,30 +1,96 @@
-"""What every mechanism shares: levels paired by stride, adapters, masked reductions, its place in the registry."""
+"""What every mechanism shares: what it sees of a step, levels paired by stride, adapters, masked reductions, the registry."""
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from mmengine.registry import Registry
 from torch import Tensor, nn
 
-from cache import Level, RecipeError
+from cache import DenseLevel, Detections, Level, RecipeError
 
+Need = Literal["features", "dense", "detections", "head"]
 MECHANISMS = Registry("distillation mechanism", locations=["trainer.mechanisms"])
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a mechanism sees of one training step: one teacher's targets and what the student made of the same views.
+
+    Everything is on the student's device. What no mechanism of the stage needs is None or empty.
+
+    Attributes:
+        maps: per level (N, C_s, H, W), what the student's captured modules gave.
+        targets: per level (N, C_t, H', W') float32, the teacher's, detached, zero outside each image's own map. H', W' are H, W
+            unless the student sees its views at a reduced scale.
+        valid: per level (N, 1, H', W') bool, the images' own maps.
+        samples: the student's data samples: ``gt_instances`` in pixels of the student's input, ``img_shape``.
+        inputs: (N, 3, h, w), the student's normalised input.
+        student: the detector.
+        features: what the student's ``extract_feat`` gave in this step.
+        head_outputs: what the student's dense ``bbox_head`` gave in this step, lists of maps; None for two-stage students.
+        dense: per image and level the teacher's sparse dense-head outputs.
+        detections: per image what the teacher detected, boxes in pixels of the student's input.
+        teacher_head: the teacher's own head, frozen, in eval mode.
+    """
+
+    maps: Mapping[str, Tensor]
+    targets: Mapping[str, Tensor]
+    valid: Mapping[str, Tensor]
+    samples: Sequence[Any] = ()
+    inputs: Tensor | None = None
+    student: nn.Module | None = None
+    features: tuple[Tensor, ...] = ()
+    head_outputs: tuple[Any, ...] | None = None
+    dense: Sequence[Mapping[str, DenseLevel]] | None = None
+    detections: Sequence[Detections] | None = None
+    teacher_head: nn.Module | None = None
+
+
 class Mechanism(nn.Module):
-    """A distillation loss on pyramid levels, with its trainable adapters.
+    """A distillation loss with its trainable adapters.
 
     Args:
-        student, teacher: the levels that each gives; they are paired by stride.
+        student, teacher: the levels that each gives.
         loss_weight: factor of the loss.
+
+    Attributes:
+        needs: what it wants of the teacher; nothing else has to be stored for it.
+        pairs: per level that it matches the student's and the teacher's.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def __init__(self, student: Sequence[Level], teacher: Sequence[Level], *, loss_weight: float) -> None:
+        super().__init__()
+        self.loss_weight = loss_weight
+        self.pairs: dict[str, tuple[Level, Level]] = {}
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The weighted loss, a scalar; computed in float32 whatever the training's precision."""
+        device = next(iter(batch.maps.values())).device if batch.maps else batch.features[0].device
+        with torch.autocast(device.type, enabled=False):
+            return self.loss_weight * self.loss(batch)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The unweighted loss, a scalar."""
+        raise NotImplementedError
+
+
+class LevelMechanism(Mechanism):
+    """A mechanism that is a sum over pyramid levels, paired by stride.
+
+    Args:
         levels: names of the levels to use; by default all that both have.
 
     Raises:
         RecipeError: no common level, or a level that one of the two does not have.
     """
+
+    needs = frozenset({"features"})
 
     def __init__(
         self,
@@ -34,28 +100,18 @@ class Mechanism(nn.Module):
         loss_weight: float,
         levels: Sequence[str] | None = None,
     ) -> None:
-        super().__init__()
-        self.loss_weight = loss_weight
-        self.pairs = _pair(student, teacher, levels, type(self).__name__)
+        super().__init__(student, teacher, loss_weight=loss_weight)
+        self.pairs = pair(student, teacher, levels, type(self).__name__)
 
-    def forward(
-        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], valid: Mapping[str, Tensor]
-    ) -> Tensor:
-        """The weighted loss, summed over levels; computed in float32 whatever the training's precision.
+    def loss(self, batch: Batch) -> Tensor:
+        """The unweighted loss, summed over levels."""
+        losses = [
+            self.level_loss(name, batch.maps[name].float(), batch.targets[name].float(), batch.valid[name], batch)
+            for name in self.pairs
+        ]
+        return torch.stack(losses).sum()
 
-        Args:
-            student: per level (N, C_s, H, W).
-            teacher: per level (N, C_t, H, W), detached, zero outside each image's own map.
-            valid: per level (N, 1, H, W) bool, the images' own maps.
-        """
-        device = next(iter(student.values())).device
-        with torch.autocast(device.type, enabled=False):
-            losses = [
-                self.level_loss(name, student[name].float(), teacher[name].float(), valid[name]) for name in self.pairs
-            ]
-            return self.loss_weight * torch.stack(losses).sum()
-
-    def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
         """The unweighted loss of one level, a scalar."""
         raise NotImplementedError
 
@@ -101,9 +157,14 @@ def check_mechanism(spec: Mapping[str, Any]) -> None:
             raise ValueError(f"{spec['type']} has no argument {name!r}; it has {', '.join(arguments)}")
 
 
-def _pair(
+def pair(
     student: Sequence[Level], teacher: Sequence[Level], levels: Sequence[str] | None, mechanism: str
 ) -> dict[str, tuple[Level, Level]]:
+    """Levels of equal stride: those named, or all that both have.
+
+    Raises:
+        RecipeError: no common level, or a level that one of the two does not have.
+    """
     ours, theirs = {level.name: level for level in student}, {level.name: level for level in teacher}
     names = [name for name in ours if name in theirs] if levels is None else list(levels)
     for name in names:

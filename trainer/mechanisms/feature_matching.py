@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cache import Level
-from trainer.mechanisms.base import MECHANISMS, Mechanism, fit, masked_mean
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit, masked_mean
 
 
 @MECHANISMS.register_module()
-class FeatureMatchingLoss(Mechanism):
+class FeatureMatchingLoss(LevelMechanism):
     """``loss_weight * sum over levels of mean (r(S) - T)^2``, the mean over channels and valid positions.
 
     r is the identity where the channels agree (homogeneous), else a learnable 1x1 convolution (heterogeneous). Form from
@@ -34,7 +34,7 @@ class FeatureMatchingLoss(Mechanism):
         self.normalize = normalize
         self.align = self.adapters()
 
-    def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
         error = (fit(self.align[level](student), teacher) - teacher).square()
         if self.normalize:
             count = valid.sum()

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from cache import Level
-from trainer.mechanisms.base import MECHANISMS, Mechanism, fit
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit
 
 
 @MECHANISMS.register_module()
-class MGDLoss(Mechanism):
+class MGDLoss(LevelMechanism):
     """``loss_weight * sum over levels of (1 / N) * sum (G(align(S) * M) - T)^2``.
 
     M (N, 1, H, W) zeroes a position, in all channels, with probability ``mask_ratio``, anew every step and level; G is
@@ -43,7 +43,7 @@ class MGDLoss(Mechanism):
             }
         )
 
-    def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
         student = fit(self.align[level](student), teacher)
         kept = torch.rand_like(student[:, :1]) <= 1 - self.mask_ratio
         first, second = self.generation[level]

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cache import Level
-from trainer.mechanisms.base import MECHANISMS, Mechanism, fit, masked_mean
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit, masked_mean
 
 
 @MECHANISMS.register_module()
-class PKDLoss(Mechanism):
+class PKDLoss(LevelMechanism):
     """``loss_weight * sum over levels of 0.5 * mean (norm(S) - norm(T))^2`` = 1 - Pearson r per channel.
 
     ``norm`` gives each channel zero mean and unit deviation over the batch's valid positions. PKD (Cao et al., NeurIPS
@@ -28,7 +28,7 @@ class PKDLoss(Mechanism):
         super().__init__(student, teacher, loss_weight=loss_weight, levels=levels)
         self.align = self.adapters()
 
-    def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
         student = fit(self.align[level](student), teacher)
         return masked_mean((_normalize(student, valid) - _normalize(teacher, valid)).square(), valid) / 2
 
