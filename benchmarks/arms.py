@@ -43,7 +43,7 @@ def train(recipe: Recipe, source: TargetSource) -> dict[str, Any]:
         Box AP and AP50 in points, of the last stage and after each (``stages``), the teachers' forwards beside the student,
         and seconds.
     """
-    names = dict.fromkeys(name for stage in recipe.stages for name in teachers_of(stage.teacher))
+    names = dict.fromkeys(name for stage in recipe.stages for name in stage.teachers)
     for name in names if source == "cache" else ():
         with lock(Path(f"{recipe.cache.uri}.{name}.lock")):
             if failures := precompute.fill(recipe, name):
@@ -58,11 +58,6 @@ def train(recipe: Recipe, source: TargetSource) -> dict[str, Any]:
         "teacher_forwards": sum(result.teacher_forwards for result in results),
         "seconds": time.monotonic() - started,
     }
-
-
-def teachers_of(teacher: Any) -> list[str]:
-    """The teachers that a stage's ``teacher`` names: none, one or several at once."""
-    return [] if teacher is None else [teacher] if isinstance(teacher, str) else list(teacher)
 
 
 def load(file: Path, study: str, settings: dict[str, Any]) -> Arms:

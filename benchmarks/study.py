@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ import typer
 from mmdet.registry import MODELS
 from mmengine.runner import Runner
 
-from benchmarks.arms import load, lock, read, record, teachers_of, train
+from benchmarks.arms import load, lock, read, record, train
 from benchmarks.study_settings import GPU, SETTINGS, Setting
 from benchmarks.study_summary import summarise
 from services.present import say
@@ -70,6 +71,12 @@ class Arm:
     source: TargetSource = "cache"
     views: dict[str, Any] = field(default_factory=lambda: {"flip": "both"})
 
+    @property
+    def teachers(self) -> list[str]:
+        """The names of its teachers, in the order of the stages."""
+        at_once = (((one,) if isinstance(one, str) else one or ()) for one, _ in self.stages)
+        return list(dict.fromkeys(chain.from_iterable(at_once)))
+
 
 # weights by the grid's one seed, see docs/study.md
 MECHANISMS: dict[str, dict[str, Any]] = {
@@ -86,22 +93,22 @@ def arms(setting: Setting) -> dict[str, Arm]:
     epochs, names = setting.epochs, list(setting.teachers)
     weakest, strongest, half = names[0], names[-1], epochs // 2
 
-    def chain(order: list[Teachers]) -> tuple[tuple[Teachers, int], ...]:
+    def sequence(order: list[Teachers]) -> tuple[tuple[Teachers, int], ...]:
         bounds = [epochs * number // len(order) for number in range(len(order) + 1)]
         return tuple((name, end - begin) for name, begin, end in zip(order, bounds, bounds[1:], strict=False))
 
-    direct, alone = Arm(chain([strongest])), Arm(chain([None]))
-    progressive = Arm(chain([*names]))
+    direct, alone = Arm(sequence([strongest])), Arm(sequence([None]))
+    progressive = Arm(sequence([*names]))
     return {
         "alone": replace(alone, start="random"),
         "inherited": alone,
         "direct": direct,
         "progressive": progressive,
-        "twice": Arm(chain([strongest, strongest])),
-        "reversed": Arm(chain(names[::-1])),
-        "weakest": Arm(chain([weakest])),
-        "ensemble": Arm(chain([tuple(names)])),
-        "inherited twice": Arm(chain([None, None])),
+        "twice": Arm(sequence([strongest, strongest])),
+        "reversed": Arm(sequence(names[::-1])),
+        "weakest": Arm(sequence([weakest])),
+        "ensemble": Arm(sequence([tuple(names)])),
+        "inherited twice": Arm(sequence([None, None])),
         "direct, then alone": Arm(((strongest, half), (None, epochs - half))),
         "progressive, inherits from weakest": replace(progressive, start="inherited from weakest"),
         "direct, random start": replace(direct, start="random"),
@@ -116,9 +123,10 @@ def arms(setting: Setting) -> dict[str, Arm]:
 
 
 def grid(setting: Setting) -> dict[str, Arm]:
-    """The arms of ``--tune``: the strongest teacher directly, every mechanism with every weight of its grid."""
-    direct = arms(setting)["direct"]
-    return {
+    """The arms of ``--tune``: every mechanism with every weight of its grid, the strongest teacher directly; and without."""
+    every = arms(setting)
+    direct = every["direct"]
+    return {"tune no distillation": every["inherited"]} | {
         f"tune {name} {weight:g}": replace(direct, mechanism=name, weight=weight)
         for name, weights in GRID.items()
         for weight in weights
@@ -132,8 +140,9 @@ def mechanism(arm: Arm) -> dict[str, Any]:
 
 def described(arm: Arm) -> dict[str, Any]:
     """What is kept of an arm beside its result: an arm that was trained otherwise must not pass for this one."""
-    distilled = any(teachers for teachers, _ in arm.stages)
-    return json.loads(json.dumps({**asdict(arm), "mechanism": mechanism(arm) if distilled else None, "weight": None}))
+    return json.loads(
+        json.dumps({**asdict(arm), "mechanism": mechanism(arm) if arm.teachers else None, "weight": None})
+    )
 
 
 def prepare(setting: Setting, root: Path, folder: Path | None) -> None:
@@ -255,11 +264,12 @@ def start(setting: Setting, root: Path, kind: str, seed: int) -> Path:
 
 def recipe_of(setting: Setting, root: Path, name: str, arm: Arm, seed: int) -> Recipe:
     """The recipe of one arm with one seed."""
-    stages = [
-        {"epochs": epochs} | ({} if at_once is None else {"teacher": _plain(at_once), "mechanisms": [mechanism(arm)]})
+    stages: list[dict[str, Any]] = [
+        {"epochs": epochs}
+        if at_once is None
+        else {"epochs": epochs, "teacher": at_once, "mechanisms": [mechanism(arm)]}
         for at_once, epochs in arm.stages
     ]
-    used = dict.fromkeys(teacher_name for at_once, _ in arm.stages for teacher_name in teachers_of(at_once))
     return _recipe(
         setting,
         root,
@@ -267,7 +277,7 @@ def recipe_of(setting: Setting, root: Path, name: str, arm: Arm, seed: int) -> R
         root / "arms" / f"{slug(name)}-{seed}",
         seed,
         views=arm.views,
-        teachers={teacher_name: teacher(setting, root, teacher_name) for teacher_name in used},
+        teachers={one: teacher(setting, root, one) for one in arm.teachers},
         student=student(setting) | {"checkpoint": start(setting, root, arm.start, seed)},
         stages=stages,
     )
@@ -276,10 +286,6 @@ def recipe_of(setting: Setting, root: Path, name: str, arm: Arm, seed: int) -> R
 def slug(name: str) -> str:
     """A name as a folder is called."""
     return name.replace(",", "").replace(" ", "-")
-
-
-def _plain(at_once: Teachers) -> str | list[str] | None:
-    return list(at_once) if isinstance(at_once, tuple) else at_once
 
 
 def missing(todo: Iterable[tuple[str, Arm, int]], done: dict[str, Any]) -> list[tuple[str, Arm, int]]:
@@ -351,7 +357,7 @@ def main(
     )
     logging.disable(logging.INFO)
     prepare(setting, root, data)
-    for teacher_name in setting.teachers:
+    for teacher_name in dict.fromkeys(used for _, arm, _ in todo for used in arm.teachers):
         if teacher_name not in read(json_path).get(study, {}).get("teachers", {}):
             reached = evaluate(setting, root, teacher_name)
             record(json_path, study, asdict(setting), teacher_name, reached, "teachers")

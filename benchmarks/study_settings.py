@@ -58,16 +58,15 @@ _STUDENT, _GFL, _SWIN = f"{DEMO}/retinanet_r18_w16.py", f"{CONFIGS}/gfl_r18.py",
 _SMALL = Setting(
     data="scenes",
     scale=(192, 144),  # what the demo's Swin was trained at
-    images=300,
+    images=200,
     teacher_images=2400,
     val_images=300,
     epochs=36,
-    batch=8,
+    batch=4,
     student=Detector(_STUDENT, _resnet(18, 24, 64)),
     teachers={
         "gfl": Detector(_GFL, _resnet(18, 16, 64), epochs=4),
-        # the demo's was trained on scenes with smaller objects: 50 AP here before it saw these
-        "swin": Detector(_SWIN, {"optim_wrapper.optimizer.lr": 5e-4}, f"{DEMO}/swin_w32.pth", epochs=6),
+        "swin": Detector(_SWIN, checkpoint=f"{DEMO}/swin_w32.pth"),
     },
 )
 _OWN_SWIN = {"gfl": Detector(_GFL, epochs=24), "swin": Detector(_SWIN, epochs=36)}
