@@ -48,6 +48,7 @@ def _channels(channels: int) -> dict[str, Any]:
 
 
 _SWIN_T = {
+    "model.backbone.init_cfg": None,
     "model.backbone.embed_dims": 96,
     "model.backbone.depths": [2, 2, 6, 2],
     "model.backbone.num_heads": [3, 6, 12, 24],
@@ -69,13 +70,17 @@ _SMALL = Setting(
         "swin": Detector(_SWIN, checkpoint=f"{DEMO}/swin_w32.pth"),
     },
 )
-_OWN_SWIN = {"gfl": Detector(_GFL, epochs=24), "swin": Detector(_SWIN, epochs=36)}
+_REAL = {"gfl": Detector(_GFL, _resnet(18, 16, 64), epochs=10), "swin": Detector(_SWIN, epochs=24)}
 _LOADER = {"train_dataloader.num_workers": 8, "train_dataloader.batch_size": 16, "optim_wrapper.optimizer.lr": 2e-4}
 SETTINGS = {
     "scenes": _SMALL,
-    "bccd": replace(_SMALL, data="bccd", images=100, teacher_images=292, scale=(256, 192), teachers=_OWN_SWIN),
-    "nuclei": replace(_SMALL, data="nuclei", images=150, teacher_images=479, scale=(256, 256), teachers=_OWN_SWIN),
-    "robocup": replace(_SMALL, data="robocup", images=400, teacher_images=1463, scale=(256, 192), teachers=_OWN_SWIN),
+    "bccd": replace(_SMALL, data="bccd", images=100, teacher_images=292, val_images=72, teachers=_REAL),
+    "nuclei": replace(
+        _SMALL, data="nuclei", images=150, teacher_images=479, val_images=120, scale=(256, 256), teachers=_REAL
+    ),
+    "robocup": replace(
+        _SMALL, data="robocup", images=400, teacher_images=1463, val_images=364, scale=(400, 304), teachers=_REAL
+    ),
 }
 # R18-class student and first teacher, Swin-T-class last teacher
 GPU = dict(

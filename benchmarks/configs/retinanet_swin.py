@@ -1,6 +1,13 @@
-"""The demo's Swin teacher with a training of its own: for data that the demo's checkpoint has not seen."""
+"""The demo's Swin teacher to be trained on other data: its backbone begins with what the demo's learned from drawn scenes."""
 
 _base_ = "../../recipes/demo/retinanet_swin_w32.py"
+
+model = dict(
+    backbone=dict(
+        convert_weights=False,
+        init_cfg=dict(_delete_=True, type="Pretrained", checkpoint="recipes/demo/swin_w32.pth"),
+    ),
+)
 
 train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False)
 val_dataloader = dict(num_workers=0, persistent_workers=False)
