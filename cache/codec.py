@@ -18,7 +18,7 @@ _INT4_MAX = 7
 _BINS = 256
 _CANDIDATES = 64
 _SAMPLE = 4096
-_CPU_BLOCK = 2**16
+_CPU_BLOCK = 2**18
 # magnitudes are measured in steps of a channel's peak, which must not be too small to divide by
 _SMALLEST = 1e-30
 _STORED = {"float16": torch.float16, "int8": torch.int8, "int4": torch.uint8}
@@ -79,6 +79,8 @@ def encode(maps: Tensor, precision: Precision) -> Encoded:
         snr.float().cpu(),
         (torch.isfinite(signal) & torch.isfinite(noise)).cpu(),
     )
+
+
 def _encode_rows(
     rows: Tensor,
     values: Tensor,
@@ -100,11 +102,11 @@ def _encode_rows(
         torch.linalg.vector_norm(rows, dim=1, out=signal)
         torch.linalg.vector_norm(nearest.copy_(values).sub_(rows), dim=1, out=noise)
         return
-    peaks = torch.abs(rows, out=numbers).amax(dim=1).clamp_(min=_SMALLEST)
+    peaks = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).clamp_(min=_SMALLEST)
     if precision == "int8":
         torch.div(peaks, _INT8_MAX, out=scales)
     else:
-        scales.copy_(_int4_steps(numbers, peaks))
+        scales.copy_(_int4_steps(rows, peaks))
     torch.mul(rows, scales.reciprocal()[:, None], out=numbers)
     torch.linalg.vector_norm(numbers, dim=1, out=signal)
     torch.round(numbers, out=nearest)
@@ -162,9 +164,9 @@ def unpack(packed: Tensor, size: tuple[int, int]) -> Tensor:
     return flat[..., : size[0] * size[1]].reshape(*packed.shape[:-1], *size)
 
 
-def _int4_steps(magnitudes: Tensor, peaks: Tensor) -> Tensor:
+def _int4_steps(rows: Tensor, peaks: Tensor) -> Tensor:
     """(R,): the step of 64 evenly spaced clipping points with the least squared error, on a histogram of magnitudes."""
-    sample = magnitudes[:, :: -(-magnitudes.shape[1] // _SAMPLE)]  # the best point is flat: no need to see every value
+    sample = rows[:, :: -(-rows.shape[1] // _SAMPLE)].abs()  # the best point is flat: no need to see every value
     bins = (sample * (_BINS / peaks)[:, None]).nan_to_num_(0, 0, 0).clamp_(0, _BINS - 1).to(torch.int64)
     offsets = torch.arange(peaks.shape[0], device=peaks.device)[:, None] * _BINS
     counts = torch.bincount((bins + offsets).flatten(), minlength=peaks.shape[0] * _BINS).view(-1, _BINS).double()
