@@ -79,6 +79,11 @@ class RowLayout:
         offsets = [sum(steps[:n]) for n in range(len(steps))]
         return cls(arrays, sizes, map_sizes, shapes, tuple(offsets), sum(steps))
 
+    @cached_property
+    def contiguous(self) -> bool:
+        """Whether the arrays follow each other without a gap."""
+        return self.nbytes == sum(array.nbytes for array in self.arrays)
+
     def rows(self, buffer: Bytes) -> list[Bytes]:
         """The bytes of each array, as views into a buffer of `nbytes`."""
         return [buffer[at : at + array.nbytes] for at, array in zip(self.offsets, self.arrays, strict=True)]
@@ -122,12 +127,11 @@ class Targets:
         image_id: int,
         view: int,
         layout: RowLayout,
-        rows: Sequence[Bytes],
+        rows: Sequence[Bytes] | Tensor,
         detections: Callable[[], Detections],
-        buffer: Tensor | None = None,
     ) -> None:
         self.image_id, self.view, self.layout = image_id, view, layout
-        self._rows, self._read_detections, self._buffer = rows, detections, buffer
+        self._rows, self._read_detections = rows, detections
 
     @cached_property
     def features(self) -> dict[str, Tensor]:
@@ -135,17 +139,17 @@ class Targets:
 
         May be a view into a mapped shard: not to be written to.
         """
-        return {a.level: _tensor(row, a) for row, a in self._pairs() if a.role == "map"}
+        return {a.level: one for a, one in self._tensors if a.role == "map"}
 
     @cached_property
     def scales(self) -> dict[str, Tensor]:
         """Per level (C,) float32, ``value = stored * scale``; empty for float16."""
-        return {a.level: _tensor(row, a) for row, a in self._pairs() if a.role == "scale"}
+        return {a.level: one for a, one in self._tensors if a.role == "scale"}
 
     @cached_property
     def dense(self) -> dict[str, DenseLevel]:
         """Per level the dense head's outputs at its best positions; empty if they are not stored."""
-        return self.layout.assembled((_tensor(row, a), a) for row, a in self._pairs() if a.role not in _MAPS)
+        return self.layout.assembled((one, a) for a, one in self._tensors if a.role not in _MAPS)
 
     @cached_property
     def detections(self) -> Detections:
@@ -159,7 +163,7 @@ class Targets:
     @property
     def buffer(self) -> Tensor | None:
         """The one buffer (uint8) in which all arrays lie as `layout` says; None for targets that are views."""
-        return self._buffer
+        return self._rows if isinstance(self._rows, Tensor) else None
 
     def dequantize(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Per level (C, h, w) float32 on ``device``; the stored numbers travel, the floats are made there."""
@@ -179,21 +183,38 @@ class Targets:
             out: the buffer to use, uint8, of ``layout.nbytes`` or more.
         """
         # numpy asks for huge pages, torch does not: half of the time of a copy is page faults without them
-        buffer = torch.from_numpy(np.empty(self.layout.nbytes, np.uint8)) if out is None else out
-        rows = self.layout.rows(buffer.numpy())
-        for own, row in zip(rows, self._rows, strict=True):
-            own[:] = row
-        return Targets(self.image_id, self.view, self.layout, rows, self._read_detections, buffer)
+        place = np.empty(self.layout.nbytes, np.uint8) if out is None else out.numpy()[: self.layout.nbytes]
+        if self.layout.contiguous:
+            np.concatenate(self._pieces, out=place)  # one call instead of one for each array
+        else:
+            for own, row in zip(self.layout.rows(place), self._pieces, strict=True):
+                own[:] = row
+        return Targets(
+            self.image_id,
+            self.view,
+            self.layout,
+            torch.from_numpy(place) if out is None else out,
+            self._read_detections,
+        )
 
-    def _pairs(self) -> Iterator[tuple[Bytes, ArraySpec]]:
-        return zip(self._rows, self.layout.arrays, strict=True)
+    @property
+    def _pieces(self) -> Sequence[Bytes]:
+        return self.layout.rows(self._rows.numpy()) if isinstance(self._rows, Tensor) else self._rows
+
+    @cached_property
+    def _tensors(self) -> list[tuple[ArraySpec, Tensor]]:
+        if isinstance(self._rows, Tensor):
+            place, layout = self._rows.numpy(), self.layout
+            return [(a, _tensor(place, a, at)) for a, at in zip(layout.arrays, layout.offsets, strict=True)]
+        return [(a, _tensor(row, a)) for a, row in zip(self.layout.arrays, self._rows, strict=True)]
 
 
 def _typed(raw: Tensor, array: ArraySpec) -> Tensor:
     return raw[: array.nbytes].view(_TORCH_DTYPES[array.dtype]).view(array.shape)
 
 
-def _tensor(row: Bytes, array: ArraySpec) -> Tensor:
+def _tensor(place: Bytes, array: ArraySpec, offset: int = 0) -> Tensor:
     # bytes off the network or out of a decompressor cannot be written to, and torch has no such tensors
-    own = row if row.flags.writeable else row.copy()
-    return torch.from_numpy(own.view(array.dtype).reshape(array.shape))  # numpy's views cost a third of torch's
+    own = place if place.flags.writeable else place.copy()
+    # numpy's views cost a third of torch's
+    return torch.from_numpy(np.ndarray(array.shape, array.dtype, own, offset))

@@ -1,6 +1,7 @@
 """Create a teacher's group, and write one unit: every shard first, the part of the manifest last."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ from cache.storage import Storage
 
 # by role: (k,) int32 positions, (k, classes) float16 logits, (k, terms) float16 box terms
 DenseArrays = Mapping[Role, npt.NDArray[Any]]
+# one waits for the disk while the other computes checksums
+_WRITERS = 2
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,13 @@ def write_unit(
         StorageError: the object storage does not answer; nothing of the unit is committed.
     """
     fence()
-    written = 0
-    for array in info.arrays(unit.bucket):
+
+    def write(array: ArraySpec) -> int:
         rows = [(t.row, t.stored(array)) for t in targets]
-        written += _write_shard(storage, info, unit, array, rows)
+        return _write_shard(storage, info, unit, array, rows)
+
+    with ThreadPoolExecutor(_WRITERS, thread_name_prefix="shards") as pool:
+        written = sum(pool.map(write, info.arrays(unit.bucket)))
     written += _write_detections(storage, info, unit, {t.row.row: t.detections for t in targets})
     fence()
     manifest.write_part(storage, info, unit.name, _manifest_rows(info, unit, targets))
