@@ -83,8 +83,16 @@ MECHANISMS: dict[str, dict[str, Any]] = {
     "PKD": {"type": "PKDLoss", "loss_weight": 2.0},
     "feature matching": {"type": "FeatureMatchingLoss", "normalize": True, "loss_weight": 0.3},
     "MGD": {"type": "MGDLoss", "loss_weight": 1e-5},
+    "CWD": {"type": "CWDLoss", "loss_weight": 5.0},
+    "FGD": {"type": "FGDLoss", "loss_weight": 1.0},
 }
-GRID = {"PKD": (0.5, 2.0, 6.0), "feature matching": (0.1, 0.3, 1.0), "MGD": (1e-6, 1e-5)}
+GRID = {
+    "PKD": (0.5, 2.0, 6.0),
+    "feature matching": (0.1, 0.3, 1.0),
+    "MGD": (1e-6, 1e-5),
+    "CWD": (1.0, 5.0),
+    "FGD": (0.1, 1.0),
+}
 CORE = ("alone", "inherited", "direct", "progressive")
 
 

@@ -37,6 +37,8 @@ COMPARISONS = (
     ("online", "direct", "the live teacher instead of its cache"),
     ("direct, feature matching", "inherited", "normalised feature matching"),
     ("direct, MGD", "inherited", "MGD"),
+    ("direct, CWD", "inherited", "CWD"),
+    ("direct, FGD", "inherited", "FGD"),
     ("direct", "views 1", "two cached views (flip) instead of one"),
 )
 
