@@ -8,7 +8,6 @@ import fcntl
 import json
 import math
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
@@ -41,14 +40,13 @@ def train(recipe: Recipe, source: TargetSource) -> dict[str, Any]:
 
     Returns:
         Box AP and AP50 in points, of the last stage and after each (``stages``), the teachers' forwards beside the student,
-        and seconds.
+        and seconds, of all attempts.
     """
     names = dict.fromkeys(name for stage in recipe.stages for name in stage.teachers)
     for name in names if source == "cache" else ():
         with lock(Path(f"{recipe.cache.uri}.{name}.lock")):
             if failures := precompute.fill(recipe, name):
                 raise RuntimeError(f"teacher {name}: {len(failures)} rows failed, the first: {failures[0]}")
-    started = time.monotonic()
     with redirect_stdout(StringIO()):  # pycocotools prints
         results = [train_stage(recipe, number, source) for number in range(1, len(recipe.stages) + 1)]
     metrics = {name: 100 * results[-1].metrics.get(f"bbox_{name}", 0.0) for name in ("mAP", "mAP_50")}
@@ -56,7 +54,7 @@ def train(recipe: Recipe, source: TargetSource) -> dict[str, Any]:
         **metrics,
         "stages": [100 * result.metrics["bbox_mAP"] for result in results],
         "teacher_forwards": sum(result.teacher_forwards for result in results),
-        "seconds": time.monotonic() - started,
+        "seconds": sum(result.seconds for result in results),
     }
 
 

@@ -113,10 +113,12 @@ def arms(setting: Setting) -> dict[str, Arm]:
         "direct": direct,
         "progressive": progressive,
         "twice": Arm(sequence([strongest, strongest])),
+        **{f"{name} first": Arm(sequence([name, strongest])) for name in setting.others},
         "reversed": Arm(sequence(names[::-1])),
         "weakest": Arm(sequence([weakest])),
         "ensemble": Arm(sequence([tuple(names)])),
         "inherited twice": Arm(sequence([None, None])),
+        "alone, then direct": Arm(((None, half), (strongest, epochs - half))),
         "direct, then alone": Arm(((strongest, half), (None, epochs - half))),
         "progressive, inherits from weakest": replace(progressive, start="inherited from weakest"),
         "direct, random start": replace(direct, start="random"),
@@ -204,7 +206,7 @@ def _recipe(setting: Setting, root: Path, train_file: Path, work_dir: Path, seed
 
 def checkpoint(setting: Setting, root: Path, name: str) -> str:
     """A teacher's checkpoint; trained first where the setting says so: mmdet's own training, as a stage without a teacher."""
-    detector = setting.teachers[name]
+    detector = (setting.teachers | setting.others)[name]
     if not detector.epochs:
         return str(detector.checkpoint)
     base, stages = root.parent, [{"epochs": detector.epochs}]
@@ -217,7 +219,10 @@ def checkpoint(setting: Setting, root: Path, name: str) -> str:
 
 def teacher(setting: Setting, root: Path, name: str) -> dict[str, Any]:
     """A teacher as a recipe says it."""
-    detector, classes = setting.teachers[name], read_annotations(root / "train.json", "study").classes
+    detector, classes = (
+        (setting.teachers | setting.others)[name],
+        read_annotations(root / "train.json", "study").classes,
+    )
     options = detector.options | {"model.bbox_head.num_classes": len(classes)}
     return {
         "config": detector.config,

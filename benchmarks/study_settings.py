@@ -22,7 +22,10 @@ class Detector:
 
 @dataclass(frozen=True)
 class Setting:
-    """Data, detectors and lengths of a study. ``teachers``: the weakest first; the last is the strongest."""
+    """Data, detectors and lengths of a study.
+
+    ``teachers`` are the chain, the weakest first; the last is the strongest. ``others`` may take the weaker ones' place.
+    """
 
     data: str
     scale: tuple[int, int]
@@ -33,6 +36,7 @@ class Setting:
     batch: int
     student: Detector
     teachers: dict[str, Detector]
+    others: dict[str, Detector] = field(default_factory=dict)
 
 
 def _resnet(depth: int, width: int, channels: int) -> dict[str, Any]:
@@ -69,17 +73,32 @@ _SMALL = Setting(
         "gfl": Detector(_GFL, _resnet(18, 16, 64), epochs=4),
         "swin": Detector(_SWIN, checkpoint=f"{DEMO}/swin_w32.pth"),
     },
+    others={"r18": Detector(f"{DEMO}/retinanet_r18_w20.py", checkpoint=f"{DEMO}/r18_w20.pth")},
 )
 _REAL = {"gfl": Detector(_GFL, _resnet(18, 16, 64), epochs=10), "swin": Detector(_SWIN, epochs=24)}
 _LOADER = {"train_dataloader.num_workers": 8, "train_dataloader.batch_size": 16, "optim_wrapper.optimizer.lr": 2e-4}
 SETTINGS = {
     "scenes": _SMALL,
-    "bccd": replace(_SMALL, data="bccd", images=100, teacher_images=292, val_images=72, teachers=_REAL),
+    "bccd": replace(_SMALL, data="bccd", images=100, teacher_images=292, val_images=72, teachers=_REAL, others={}),
     "nuclei": replace(
-        _SMALL, data="nuclei", images=150, teacher_images=479, val_images=120, scale=(256, 256), teachers=_REAL
+        _SMALL,
+        data="nuclei",
+        images=150,
+        teacher_images=479,
+        val_images=120,
+        scale=(256, 256),
+        teachers=_REAL,
+        others={},
     ),
     "robocup": replace(
-        _SMALL, data="robocup", images=400, teacher_images=1463, val_images=364, scale=(400, 304), teachers=_REAL
+        _SMALL,
+        data="robocup",
+        images=400,
+        teacher_images=1463,
+        val_images=364,
+        scale=(400, 304),
+        teachers=_REAL,
+        others={},
     ),
 }
 # R18-class student and first teacher, Swin-T-class last teacher
@@ -94,4 +113,5 @@ GPU = dict(
         "gfl": Detector(_GFL, _resnet(50, 64, 256) | _LOADER, epochs=24),
         "swin": Detector(_SWIN, _SWIN_T | _LOADER, epochs=36),
     },
+    others={},
 )

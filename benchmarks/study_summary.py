@@ -12,7 +12,7 @@ from services.present import say
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend that needs no display
 
-MARK = "<!-- what follows is written by `python -m benchmarks.study --summary` -->"
+MARK = "<!-- below: written by `python -m benchmarks.study --summary` -->"
 # (arm, baseline, what differs between the two alone)
 COMPARISONS = (
     ("inherited", "alone", "inheriting neck and head, no distillation"),
@@ -22,6 +22,9 @@ COMPARISONS = (
     ("twice", "direct", "a restart of the schedule"),
     ("inherited twice", "inherited", "a restart of the schedule, no distillation"),
     ("progressive", "twice", "a weaker first teacher, both restarted"),
+    ("progressive", "alone, then direct", "a weaker first teacher instead of none, both restarted"),
+    ("twice", "alone, then direct", "the strongest teacher first instead of none, both restarted"),
+    ("r18 first", "progressive", "the first teacher: weaker, but of the student's family"),
     ("progressive", "reversed", "order"),
     ("weakest", "inherited", "distillation from the weakest teacher"),
     ("direct", "weakest", "the teacher's strength"),
