@@ -1,10 +1,12 @@
 """`mtpd order` and `stages: auto`, from order.json and on a cluster."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from typer.testing import CliRunner
 
@@ -92,6 +94,14 @@ def test_auto_needs_teachers_and_mechanisms(data: Path, tmp_path: Path) -> None:
         parse_recipe(auto(data, tmp_path, mechanisms=[{"type": "PKD"}]), "test")
 
 
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    """The command starts a local cluster; it must not outlive the test."""
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("cluster")
 def test_run_finds_the_order_by_itself_and_measures_what_is_not_given(data: Path, tmp_path: Path) -> None:
     content = auto(data, tmp_path, max_teachers=1)
     demo = Path(__file__).parents[2] / "recipes" / "demo"
