@@ -205,6 +205,13 @@ def compare(caches: dict[str, cache.TeacherCache], rows: OrderRows, aps: dict[st
     names = list(caches)
     shown = [[a, f"{aps[a]:.1f}", *("-" if a == b else f"{costs[a, b]:.3f}" for b in names)] for a in names]
     table(f"adaptation costs from the row to the column, {len(rows)} images, all positions", ["", "AP", *names], shown)
+    plain = {pair: sum(c.levels[level] * c.variance[level] for level in c.levels) for pair, c in whole.items()}
+    say(f"with levels not scaled to one variance: {' -> '.join(sequence(plain))}, from")
+    shown = [[a, *("-" if a == b else f"{plain[a, b]:.3f}" for b in names)] for a in names]
+    table("", ["", *names], shown)
+    shares = {b: whole[next(a for a in names if a != b), b].variance for b in names}
+    shown = [[name, *(f"{value:.3f}" for value in share.values())] for name, share in shares.items()]
+    table("each level's share of a model's sum of squares", ["", *next(iter(shares.values()))], shown)
     levels = {f"{a} -> {b}": cost.levels for (a, b), cost in whole.items()}
     shown = [[pair, *(f"{value:.3f}" for value in values.values())] for pair, values in levels.items()]
     table("the same of each level", ["pair", *next(iter(levels.values()))], shown)
@@ -217,7 +224,15 @@ def compare(caches: dict[str, cache.TeacherCache], rows: OrderRows, aps: dict[st
         say(f"{name}: {reason}")
     say(f"sequence: {' -> '.join(found.sequence)}")
     matrix = {f"{a} -> {b}": value for (a, b), value in costs.items()}
-    return {"costs": matrix, "levels": levels, "differences": draws, "selection": asdict(found)}
+    unscaled = {f"{a} -> {b}": value for (a, b), value in plain.items()}
+    return {
+        "costs": matrix,
+        "levels": levels,
+        "differences": draws,
+        "selection": asdict(found),
+        "variance": shares,
+        "unscaled": unscaled,
+    }
 
 
 def main(
@@ -225,7 +240,7 @@ def main(
     rows: Annotated[int, typer.Option(min=8, help="Rows of each of the six caches.")] = 120,
     images: Annotated[int, typer.Option(min=20, help="Scenes to train and to compare on.")] = 300,
     val_images: Annotated[int, typer.Option(min=1, help="Scenes to evaluate on.")] = 200,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the student.")] = 4,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the student.")] = 12,
     only: Annotated[str, typer.Option(help="Only `speed` or `detectors`.")] = "",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write everything measured here.")] = None,
 ) -> None:

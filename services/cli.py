@@ -12,7 +12,7 @@ import typer
 from cache import CorruptShardError, MtpdError, Plan, RecipeError, open_storage
 from services import demo as demonstration
 from services import maintain
-from services.order import decided, find_order, show_order
+from services.order import decided, decided_if_known, find_order, show_order
 from services.precompute import fill, plan_teacher, refuse_too_large, show_fill, used_teachers
 from services.present import complain, duration, say, size, table
 from services.train import ap, train
@@ -44,7 +44,7 @@ def plan(
     force: Force = False,
 ) -> None:
     """Images, views, buckets, units and bytes of each teacher; exit code 1 if they do not fit the disk. Writes nothing."""
-    content = load_recipe(recipe)
+    content = decided_if_known(load_recipe(recipe))
     plans = [plan_teacher(content, name) for name in _teachers(content, teacher)]
     if as_json:
         typer.echo(json.dumps([_plan_record(p, len(content.policy)) for p in plans], indent=1))

@@ -52,9 +52,7 @@ class FillResult:
 
 def used_teachers(recipe: Recipe) -> list[str]:
     """The teachers of the recipe's stages, each once, in order; all where the stages are not known yet."""
-    if recipe.auto:
-        return list(recipe.teachers)
-    return list(dict.fromkeys(name for stage in recipe.stages for name in stage.teachers))
+    return list(dict.fromkeys(name for stage in recipe.possible_stages for name in stage.teachers))
 
 
 def plan_teacher(recipe: Recipe, teacher: str) -> Plan:

@@ -4,12 +4,15 @@ The directed adaptation cost C(A -> B) and backward greedy selection are ideas o
 project's own reconstruction of both, for the paper's loss, split and thresholds are not published as code.
 
 C(A -> B): on every level that both have, a linear map with an offset (what a 1x1 convolution can do) is fitted by ridge
-regression from A's features to B's, position by position, on one half of the images. The cost is the squared error that it
-leaves on the other half, summed over channels, positions and levels, divided by the sum of squares of B's features there,
-each channel of each level taken around its mean. So 0 is a perfect prediction, 1 no better than B's mean, and more than 1
-worse than that. One ratio of sums, not a mean of ratios: channels that hardly vary have a ratio without meaning and weigh
-nothing here; a level weighs what it holds, which is what a loss on these features would see. It does not depend on the
-scale of B's features, so that costs towards different detectors can be compared.
+regression from A's features to B's, position by position, on one half of the images. On the other half, its squared error,
+summed over channels and positions, is divided by the sum of squares of B's features around the mean of each channel: 0 is a
+perfect prediction, 1 no better than the mean, more than 1 worse. The cost is the mean of this over levels, each weighing its
+number of values; that is the error over all values of B when every level is scaled to the same variance.
+
+Why so. Inside a level it is one ratio of sums: a channel that hardly varies has a ratio of its own without meaning, and weighs
+nothing here. Between levels it is not: nothing scales the levels of a pyramid alike, and in detectors' the coarsest are often
+the loudest (the demo's Swin teacher has most of its variance in P6, a ninetieth of its values). What is left of a
+simple sum over levels says how well the loudest can be predicted, which a detector that is hardly trained does best.
 
 Everything comes from second moments (float64, with a constant column), which are summed in one pass over the images: of all
 models at once, for the moments of all pairs are blocks of the moments of the joined features. Memory is bounded by their
@@ -40,7 +43,7 @@ def with_candidates(recipe: Recipe) -> Recipe:
 
     So the student's features are precomputed and cached like any teacher's. It has the data set's classes, as in training.
     What a stage's mechanisms need decides what is stored of its teacher: a teacher without a stage gets one with the
-    mechanisms of ``order``, or with plain feature matching.
+    mechanisms of ``order``, or with plain feature matching, and of the student features are all that is needed.
 
     Raises:
         RecipeError: no teachers, the student has no checkpoint, or a teacher has its name.
@@ -64,9 +67,14 @@ def with_candidates(recipe: Recipe) -> Recipe:
         cfg_options={**spec.cfg_options, **class_options(model, classes)},
         capture=spec.capture,
     )
-    mechanisms = recipe.order.mechanisms or ({"type": "FeatureMatchingLoss"},)
+    features = ({"type": "FeatureMatchingLoss"},)
     staged = {name for stage in recipe.stages for name in stage.teachers}
-    more = [StageSpec(teacher=n, mechanisms=mechanisms) for n in (*recipe.teachers, STUDENT) if n not in staged]
+    more = [
+        StageSpec(teacher=name, mechanisms=recipe.order.mechanisms or features)
+        for name in recipe.teachers
+        if name not in staged
+    ]
+    more.append(StageSpec(teacher=STUDENT, mechanisms=features))
     return recipe.model_copy(
         update={"teachers": {**recipe.teachers, STUDENT: student}, "stages": (*recipe.stages, *more)}
     )
@@ -111,10 +119,12 @@ class Cost:
     Attributes:
         value: 0 perfect, 1 no better than the mean.
         levels: the same of each common level on its own, but for levels on which B is constant.
+        variance: of each of these levels its share of B's sum of squares, as it would weigh without being scaled.
     """
 
     value: float
     levels: dict[str, float]
+    variance: dict[str, float]
 
 
 def adaptation_costs(
@@ -276,12 +286,19 @@ def _cost(
     if not splits:
         raise RecipeError(f"order: {a} and {b} have no level of equal stride. Capture other modules, or leave one out.")
     found = {before.level: _residual(before, after, a, b, ridge) for before, after in splits}
-    residual, spread = (sum(column) for column in zip(*found.values(), strict=True))
-    if not spread:
+    costs = {level: left / whole for level, (left, whole) in found.items() if whole}
+    if not costs:
         raise RecipeError(
             f"order: the features of {b} are the same everywhere: its checkpoint is not a trained detector's."
         )
-    return Cost(residual / spread, {level: left / whole for level, (left, whole) in found.items() if whole})
+    channels = {level: cache.levels[level][0] for level in costs}
+    values = [channels[after.level] * after.positions for _, after in splits if after.level in costs]
+    total = sum(whole for _, whole in found.values())
+    return Cost(
+        float(np.average(list(costs.values()), weights=values)),
+        costs,
+        {level: found[level][1] / total for level in costs},
+    )
 
 
 def _residual(fit: _Moments, score: _Moments, a: str, b: str, ridge: float) -> tuple[float, float]:

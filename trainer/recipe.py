@@ -287,6 +287,11 @@ class Recipe(_Spec):
         return self.model_copy(update={"stages": stages})
 
     @property
+    def possible_stages(self) -> tuple[StageSpec, ...]:
+        """Its stages; while they are left to the order of teachers, one for each teacher."""
+        return self.with_sequence(list(self.teachers)).stages if self.auto else self.stages
+
+    @property
     def policy(self) -> ViewPolicy:
         """The view policy."""
         return self.views.policy()

@@ -113,9 +113,14 @@ def test_the_cost_is_directed_and_has_its_known_values(tmp_path: Path) -> None:
 
 def test_the_cost_is_that_of_a_plain_least_squares_fit(tmp_path: Path) -> None:
     a = noise("a", 5)
-    half = lambda *where: 0.7 * linear(a, torch.eye(5)[:3], 2.0)(*where) + noise("b", 3)(*where)  # noqa: E731
+
+    def half(level: Level, *where: int) -> Tensor:
+        # P4 is louder, and predicted worse: it must not weigh more for that
+        maps = 0.7 * linear(a, torch.eye(5)[:3], 2.0)(level, *where) + noise("b", 3)(level, *where)
+        return maps if level.name == "P3" else 10 * (maps + noise("c", 3)(level, *where))
+
     caches = {"a": write(tmp_path, "a", a, 5), "b": write(tmp_path, "b", half, 3)}
-    left = spread = 0.0
+    left, values, spreads = [], [], []
     for level in ("P3", "P4"):
         x, y = (
             [
@@ -126,11 +131,14 @@ def test_the_cost_is_that_of_a_plain_least_squares_fit(tmp_path: Path) -> None:
         )
         x = [np.hstack([part, np.ones((len(part), 1))]) for part in x]
         weights = np.linalg.lstsq(x[0], y[0], rcond=None)[0]
-        left += np.square(y[1] - x[1] @ weights).sum()
-        spread += np.square(y[1] - y[1].mean(axis=0)).sum()
+        spreads.append(np.square(y[1] - y[1].mean(axis=0)).sum())
+        left.append(np.square(y[1] - x[1] @ weights).sum() / spreads[-1])
+        values.append(y[1].size)
     cost = adaptation_costs(caches, ROWS, positions=None, ridge=1e-9)["a", "b"]
-    assert cost.value == pytest.approx(left / spread, rel=1e-6)
-    assert set(cost.levels) == {"P3", "P4"}
+    assert cost.levels == pytest.approx({"P3": left[0], "P4": left[1]}, rel=1e-6)
+    assert left[1] > 1.1 * left[0]
+    assert cost.value == pytest.approx(np.average(left, weights=values), rel=1e-6)
+    assert cost.variance == pytest.approx({"P3": spreads[0] / sum(spreads), "P4": spreads[1] / sum(spreads)})
     # nothing depends on how the positions come together
     for block in (3, 10_000):
         again = adaptation_costs(caches, ROWS, positions=None, ridge=1e-9, block=block)["a", "b"]
