@@ -10,9 +10,9 @@ perfect prediction, 1 no better than the mean, more than 1 worse. The cost is th
 number of values; that is the error over all values of B when every level is scaled to the same variance.
 
 Why so. Inside a level it is one ratio of sums: a channel that hardly varies has a ratio of its own without meaning, and weighs
-nothing here. Between levels it is not: nothing scales the levels of a pyramid alike, and in detectors' the coarsest are often
-the loudest (the demo's Swin teacher has most of its variance in P6, a ninetieth of its values). What is left of a
-simple sum over levels says how well the loudest can be predicted, which a detector that is hardly trained does best.
+nothing here. Between levels it is not: nothing scales the levels of a pyramid alike, and the coarsest can be so loud that a
+plain sum is about them alone. The demo's Swin teacher has 65 % of its sum of squares in P7, which is less than 1 % of its
+values and which a student that is hardly trained predicts to 1 %: by a plain sum everything seems easy.
 
 Everything comes from second moments (float64, with a constant column), which are summed in one pass over the images: of all
 models at once, for the moments of all pairs are blocks of the moments of the joined features. Memory is bounded by their
