@@ -20,6 +20,7 @@ from services import cluster
 from services.actor import ActorJob, TeacherActor
 from services.pool import Pool, SetAside
 from services.present import Progress, say, size
+from services.records import keep_recipe, record_fill
 from trainer import Failure, Recipe, read_annotations, teacher_info
 
 # the manifest's parts are folded when so many are new, and a quarter of those folded before: work stays linear in units
@@ -75,6 +76,7 @@ def fill(recipe: Recipe, teacher: str, *, force: bool = False) -> FillResult:
     cluster.refuse_temporary_paths(recipe)
     info = teacher_info(recipe, teacher)
     storage = open_storage(recipe.cache.uri)
+    keep_recipe(recipe)
     with Lease(storage, info.name) as lease:
         compact(storage, info)
         plan = _plan(recipe, storage, info)
@@ -132,11 +134,21 @@ def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: fl
                     folded, parts = folded + compact(storage, plan.info), 0
         finally:
             pool.close()
-    now = time.monotonic()
-    share = device_seconds / max(1e-9, actors * (now - (pool.begun or now)))
-    return FillResult(
-        teacher, plan.info.name, plan.total, computed, tuple(failures), written, plan.stored_bytes, now - started, share
-    )
+            now = time.monotonic()
+            share = device_seconds / max(1e-9, actors * (now - (pool.begun or now)))
+            result = FillResult(
+                teacher,
+                plan.info.name,
+                plan.total,
+                computed,
+                tuple(failures),
+                written,
+                plan.stored_bytes,
+                now - started,
+                share,
+            )
+            record_fill(recipe, result)  # of a run that was interrupted too: what it committed stays
+    return result
 
 
 def refuse_too_large(storage: Storage, plans: Sequence[Plan]) -> None:

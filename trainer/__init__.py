@@ -19,6 +19,7 @@ from trainer.compute import Failure, UnitComputer
 from trainer.dataset import ViewedDataset, ViewSampler, epoch_order
 from trainer.distiller import Distiller
 from trainer.mechanisms import Batch
+from trainer.pictures import LEAST_SCORE, Energy, Picture, Pictures, SeenObject, Sight, take_pictures
 from trainer.recipe import Recipe, StageSpec, TeacherSpec, load_recipe, parse_recipe
 from trainer.sample import Agreement, SampleReport, compare_sample
 from trainer.scenes import CLASSES, SceneOptions, generate
@@ -30,18 +31,24 @@ from trainer.transforms import ApplyView, LoadTeacherTargets
 
 __all__ = [
     "CLASSES",
+    "LEAST_SCORE",
     "Agreement",
     "Annotations",
     "ApplyView",
     "Batch",
     "CachedMaps",
     "Distiller",
+    "Energy",
     "Failure",
     "LiveMaps",
     "LoadTeacherTargets",
+    "Picture",
+    "Pictures",
     "Recipe",
     "SampleReport",
     "SceneOptions",
+    "SeenObject",
+    "Sight",
     "StageResult",
     "StageSpec",
     "TargetSource",
@@ -65,6 +72,7 @@ __all__ = [
     "read_annotations",
     "stage_config",
     "stage_dir",
+    "take_pictures",
     "teacher_info",
     "train_stage",
 ]
