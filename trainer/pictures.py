@@ -146,22 +146,20 @@ def _choose(split: SplitSpec, count: int, seed: int) -> tuple[list[Picture], tup
     try:
         content = json.loads(Path(split.ann_file).read_bytes())
         label = {category["id"]: place for place, category in enumerate(content["categories"])}
-        objects: dict[int, list[SeenObject]] = {}
-        entries = {int(entry["id"]): entry for entry in content["images"]}
+        entries = {entry["id"]: entry for entry in content["images"]}
+        objects: dict[int, list[dict[str, Any]]] = {}
         for one in content["annotations"]:
-            if one.get("iscrowd"):
-                continue
-            x, y, width, height = one["bbox"]
-            entry = entries[one["image_id"]]
-            outlines = _annotated(one.get("segmentation"), entry["height"], entry["width"])
-            seen = SeenObject((x, y, x + width, y + height), label[one["category_id"]], None, outlines)
-            objects.setdefault(one["image_id"], []).append(seen)
+            if not one.get("iscrowd"):
+                objects.setdefault(one["image_id"], []).append(one)
+        chosen = sorted(np.random.default_rng(seed).permutation(sorted(objects))[:count].tolist())
+        pictures = []
+        for image_id in chosen:
+            entry = entries[image_id]
+            truth = tuple(_annotated(one, label, entry["height"], entry["width"]) for one in objects[image_id])
+            pictures.append(Picture(image_id, str(entry["file_name"]), 0, 0, b"", truth, {}))
+        return pictures, tuple(str(category["name"]) for category in content["categories"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"dataset.val.ann_file: {split.ann_file}: cannot be read any more ({error!r}).") from error
-    ids = np.array(sorted(objects), np.int64)
-    chosen = sorted(np.random.default_rng(seed).permutation(ids)[:count].tolist())
-    names = tuple(str(category["name"]) for category in content["categories"])
-    return [Picture(i, str(entries[i]["file_name"]), 0, 0, b"", tuple(objects[i]), {}) for i in chosen], names
 
 
 def _with_pixels(picture: Picture, split: SplitSpec) -> Picture:
@@ -230,16 +228,20 @@ def _energies(maps: Mapping[str, Tensor], strides: Mapping[str, int], size: tupl
     return energies
 
 
-def _annotated(segmentation: Any, height: int, width: int) -> tuple[Outline, ...]:
-    """Polygons of a COCO segmentation: given as such, or as run lengths."""
+def _annotated(annotation: Mapping[str, Any], label: Mapping[int, int], height: int, width: int) -> SeenObject:
+    """An object of a COCO annotation file; its segmentation is polygons, or run lengths."""
+    segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
         if isinstance(segmentation["counts"], list):
             segmentation = coco_mask.frPyObjects(segmentation, height, width)
-        return _outlines(coco_mask.decode(segmentation))
-    return tuple(
-        tuple((round(x), round(y)) for x, y in zip(polygon[::2], polygon[1::2], strict=True))
-        for polygon in segmentation or ()
-    )
+        outlines = _outlines(coco_mask.decode(segmentation))
+    else:
+        outlines = tuple(
+            tuple((round(x), round(y)) for x, y in zip(polygon[::2], polygon[1::2], strict=True))
+            for polygon in segmentation or ()
+        )
+    x, y, across, down = annotation["bbox"]
+    return SeenObject((x, y, x + across, y + down), label[annotation["category_id"]], None, outlines)
 
 
 def _outlines(bitmap: np.ndarray) -> tuple[Outline, ...]:
