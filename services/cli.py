@@ -15,6 +15,7 @@ from services import maintain
 from services.order import decided, decided_if_known, find_order, show_order
 from services.precompute import fill, plan_teacher, refuse_too_large, show_fill, used_teachers
 from services.present import complain, duration, say, size, table
+from services.report import write_report
 from services.train import ap, train
 from trainer import Recipe, StageResult, TargetSource, load_recipe, stage_config
 
@@ -98,7 +99,7 @@ def train_command(
 
 @app.command()
 def run(recipe: RecipeFile, force: Force = False) -> None:
-    """The whole job: find the order of teachers if it is asked for, precompute them, train every stage, evaluate."""
+    """The whole job: find the order of teachers if it is asked for, precompute them, train every stage, evaluate, report."""
     content = decided(load_recipe(recipe), compute=True, force=force)
     fills = [fill(content, name, force=force) for name in used_teachers(content)]
     for result in fills:
@@ -106,6 +107,20 @@ def run(recipe: RecipeFile, force: Force = False) -> None:
     if any(result.failures for result in fills):
         raise typer.Exit(1)
     _show_stages(train(content, range(1, len(content.stages) + 1)))
+    say(f"report: {write_report(Path(content.work_dir))}")
+
+
+@app.command()
+def report(
+    work_dir: Annotated[
+        Path, typer.Argument(metavar="WORK_DIR", help="A recipe's work_dir, or a folder of several to compare.")
+    ],
+    study: Annotated[Path | None, typer.Option("--study", help="Results of a study (JSON), to show its arms.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The page; WORK_DIR/report.html by default.")] = None,
+    images: Annotated[int, typer.Option("--images", min=0, help="Val images to run the detectors on.")] = 4,
+) -> None:
+    """One self-contained HTML page: AP of each stage, curves, cache, teacher forwards saved, pictures."""
+    say(f"report: {write_report(work_dir, study=study, out=out, images=images)}")
 
 
 @app.command()

@@ -21,6 +21,7 @@ from services import cluster
 from services.actor import ActorJob, TeacherActor
 from services.pool import Pool, SetAside
 from services.present import Progress, complain, duration, say, size
+from services.records import keep_recipe, record_fill
 from trainer import Failure, OrderRows, Recipe, head_file, read_annotations, teacher_info
 
 # the manifest's parts are folded when so many are new, and a quarter of those folded before: work stays linear in units
@@ -77,6 +78,8 @@ def fill(recipe: Recipe, teacher: str, *, force: bool = False, rows: OrderRows |
     cluster.refuse_temporary_paths(recipe)
     info = teacher_info(recipe, teacher)
     storage = open_storage(recipe.cache.uri)
+    if rows is None:  # else it is the order's recipe, in which the student is among the teachers
+        keep_recipe(recipe)
     with Lease(storage, info.name) as lease:
         compact(storage, info)
         plan = _plan(recipe, storage, info, rows)
@@ -137,11 +140,21 @@ def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: fl
                     folded, parts = folded + compact(storage, plan.info), 0
         finally:
             pool.close()
-    now = time.monotonic()
-    share = device_seconds / max(1e-9, actors * (now - (pool.begun or now)))
-    return FillResult(
-        teacher, plan.info.name, plan.total, computed, tuple(failures), written, plan.stored_bytes, now - started, share
-    )
+            now = time.monotonic()
+            share = device_seconds / max(1e-9, actors * (now - (pool.begun or now)))
+            result = FillResult(
+                teacher,
+                plan.info.name,
+                plan.total,
+                computed,
+                tuple(failures),
+                written,
+                plan.stored_bytes,
+                now - started,
+                share,
+            )
+            record_fill(recipe, result)  # of a run that was interrupted too: what it committed stays
+    return result
 
 
 def refuse_too_large(storage: Storage, plans: Sequence[Plan]) -> None:

@@ -31,6 +31,7 @@ from trainer.order import (
     select_teachers,
     with_candidates,
 )
+from trainer.pictures import LEAST_SCORE, Energy, Picture, Pictures, SeenObject, Sight, take_pictures
 from trainer.recipe import Recipe, StageSpec, TeacherSpec, load_recipe, parse_recipe
 from trainer.sample import Agreement, SampleReport, compare_sample
 from trainer.scenes import CLASSES, SceneOptions, generate
@@ -42,6 +43,7 @@ from trainer.transforms import ApplyView, LoadTeacherTargets
 
 __all__ = [
     "CLASSES",
+    "LEAST_SCORE",
     "STUDENT",
     "Agreement",
     "Annotations",
@@ -50,15 +52,20 @@ __all__ = [
     "CachedMaps",
     "Cost",
     "Distiller",
+    "Energy",
     "Failure",
     "LiveMaps",
     "LoadTeacherTargets",
     "Needs",
     "OrderRows",
+    "Picture",
+    "Pictures",
     "Recipe",
     "SampleReport",
     "SceneOptions",
+    "SeenObject",
     "Selection",
+    "Sight",
     "StageResult",
     "StageSpec",
     "TargetSource",
@@ -89,6 +96,7 @@ __all__ = [
     "select_teachers",
     "stage_config",
     "stage_dir",
+    "take_pictures",
     "teacher_info",
     "train_stage",
     "with_candidates",
