@@ -71,9 +71,10 @@ def encode(maps: Tensor, precision: Precision) -> Encoded:
     # they cost a third
     block = max(1, _CPU_BLOCK // length) if maps.device.type == "cpu" else count
     scratch = torch.empty(2, min(block, count), length, device=maps.device)
-    for parts in zip(*(torch.split(whole, block) for whole in (rows, values, scales, signal, noise)), strict=True):
-        _encode_rows(parts[0].float(), *parts[1:], precision, *scratch[:, : len(parts[0])])
-    # the norms are in steps of the scale, in which no map's energy overflows
+    parts = zip(*(torch.split(whole, block) for whole in (rows, values, scales, signal, noise)), strict=True)
+    for own, own_values, own_scales, own_signal, own_noise in parts:
+        numbers, nearest = scratch[:, : len(own)]
+        _encode_rows(own.float(), precision, own_values, own_scales, own_signal, own_noise, numbers, nearest)
     scales.masked_fill_(signal == 0, 0)
     signal, noise = ((norms.double() * scales).square().view(images, channels).sum(dim=1) for norms in (signal, noise))
     snr = torch.where(noise > 0, 10 * torch.log10(signal / noise), torch.full_like(noise, torch.inf))
@@ -88,11 +89,11 @@ def encode(maps: Tensor, precision: Precision) -> Encoded:
 
 def _encode_rows(
     rows: Tensor,
+    precision: Precision,
     values: Tensor,
     scales: Tensor,
     signal: Tensor,
     noise: Tensor,
-    precision: Precision,
     numbers: Tensor,
     nearest: Tensor,
 ) -> None:
