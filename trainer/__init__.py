@@ -19,8 +19,9 @@ from trainer.compute import Failure, UnitComputer
 from trainer.dataset import ViewedDataset, ViewSampler, epoch_order
 from trainer.distiller import Distiller
 from trainer.mechanisms import Batch
-from trainer.recipe import Recipe, StageSpec, TeacherSpec, load_recipe, parse_recipe
+from trainer.recipe import Recipe, SplitSpec, StageSpec, TeacherSpec, load_recipe, parse_recipe
 from trainer.sample import Agreement, SampleReport, compare_sample
+from trainer.sampled import ApplySampledView
 from trainer.scenes import CLASSES, SceneOptions, generate
 from trainer.stage import StageResult, open_stage, train_stage
 from trainer.stage_config import TargetSource, stage_config, stage_dir, teacher_info
@@ -32,6 +33,7 @@ __all__ = [
     "CLASSES",
     "Agreement",
     "Annotations",
+    "ApplySampledView",
     "ApplyView",
     "Batch",
     "CachedMaps",
@@ -42,6 +44,7 @@ __all__ = [
     "Recipe",
     "SampleReport",
     "SceneOptions",
+    "SplitSpec",
     "StageResult",
     "StageSpec",
     "TargetSource",

@@ -11,7 +11,7 @@ from mmdet.structures import DetDataSample
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from cache import FORMAT_VERSION, Compression, Detections, GroupInfo, Level, TeacherLoadError, ViewPolicy, pool
+from cache import FORMAT_VERSION, Compression, Detections, GroupInfo, Level, Policy, TeacherLoadError, pool
 from trainer.capture import captured, flatten, measure_levels
 from trainer.checkpoint import load_strict, sha256
 from trainer.config import load_config, plain
@@ -127,7 +127,7 @@ def select_levels(levels: Sequence[Level], spec: TeacherSpec, key: str) -> tuple
     return tuple(replace(known[name], pool=spec.pool.get(name, 1)) for name in stored)
 
 
-def fingerprint_record(spec: TeacherSpec, name: str, policy: ViewPolicy, precision: str) -> dict[str, Any]:
+def fingerprint_record(spec: TeacherSpec, name: str, policy: Policy, precision: str) -> dict[str, Any]:
     """All that decides the value of a target, as plain JSON."""
     config = load_config(spec.config, spec.cfg_options, f"teachers.{name}.config")
     return {

@@ -18,7 +18,7 @@ def fill(recipe: Recipe, name: str) -> list:
             unit_rows=recipe.cache.unit_rows,
         )
         prepare(storage, plan)
-        computer = UnitComputer(Teacher(spec, name), info, recipe.policy, recipe.dataset.train.img_dir, spec.batch_size)
+        computer = UnitComputer(Teacher(spec, name), info, recipe.policy, recipe.dataset.train, spec.batch_size)
         for unit in plan.units():
             targets, failed = computer.run(unit)
             failures += failed
