@@ -133,8 +133,7 @@ class Bare:
         """Load the teacher, run one forward. Returns the threads of torch."""
         plan, spec = precompute.plan_teacher(recipe, "teacher"), recipe.teachers["teacher"]
         self._teacher = Teacher(spec, "teacher")
-        data = recipe.dataset.train.img_dir
-        self._computer = UnitComputer(self._teacher, plan.info, recipe.policy, data, batch_size=1)
+        self._computer = UnitComputer(self._teacher, plan.info, recipe.policy, recipe.dataset.train, batch_size=1)
         self._forward(self._computer.decode(next(plan.units()))[0][0])
         return torch.get_num_threads()
 

@@ -12,7 +12,7 @@ from cache import shard
 from cache.errors import StaleCacheError
 from cache.layout import GroupInfo, bucket_name, unit_name
 from cache.manifest import Index
-from cache.views import IntArray, ViewPolicy, padded, resized
+from cache.views import IntArray, Policy, padded
 
 UNIT_BYTES = 128 * 2**20
 MAX_UNIT_ROWS = 256
@@ -127,7 +127,7 @@ class Plan:
     buckets: tuple[Bucket, ...]
     total: int
     images: Images
-    policy: ViewPolicy
+    policy: Policy
     _sources: npt.NDArray[np.uint64]
     _todo: dict[str, tuple[IntArray, IntArray]]
     _occupied: Mapping[str, IntArray] = field(default_factory=dict)
@@ -206,7 +206,7 @@ class Plan:
         images = self.images
         position, view = divmod(member, len(self.policy))
         width, height = images.widths[position], images.heights[position]
-        view_width, view_height = resized(width, height, self.policy[view].scale)
+        view_width, view_height = self.policy.sizes(view, width, height)
         return Row(
             image_id=int(images.ids[position]),
             view=view,
@@ -222,7 +222,7 @@ class Plan:
 
 def make_plan(
     images: Images,
-    policy: ViewPolicy,
+    policy: Policy,
     info: GroupInfo,
     *,
     committed: Index | None = None,
@@ -284,11 +284,11 @@ def _first_free(taken: IntArray, count: int) -> IntArray:
     return np.setdiff1d(np.arange(taken.size + count), taken, assume_unique=True)[:count]
 
 
-def _bucket_keys(images: Images, policy: ViewPolicy, divisor: int) -> IntArray:
+def _bucket_keys(images: Images, policy: Policy, divisor: int) -> IntArray:
     """(n, views) int64: padded height << 32 | padded width."""
     columns = []
-    for view in policy:
-        widths, heights = resized(images.widths, images.heights, view.scale)
+    for view in range(len(policy)):
+        widths, heights = policy.sizes(view, images.widths, images.heights)
         columns.append((padded(heights, divisor) << 32) | padded(widths, divisor))
     return np.stack(columns, axis=1)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cache import CorruptShardError, MtpdError, Plan, RecipeError, open_storage
+from cache import CorruptShardError, MtpdError, Plan, Policy, RecipeError, SampledPolicy, open_storage
 from services import demo as demonstration
 from services import maintain
 from services.order import decided, decided_if_known, find_order, show_order
@@ -216,6 +216,7 @@ def _plan_record(plan: Plan, views: int) -> dict[str, object]:
         "group": plan.info.name,
         "images": plan.total // views,
         "views": views,
+        "view_policy": plan.policy.to_json(),
         "rows": plan.total,
         "rows_to_compute": plan.todo,
         "units": sum(bucket.units for bucket in plan.buckets),
@@ -261,8 +262,17 @@ def _show_plan(plan: Plan, views: int) -> None:
         levels += f"; dense outputs {size(plan.dense_bytes())}"
     row_bytes = plan.stored_bytes / max(1, plan.total)
     say(f"{plan.total // views:,} images x {views} views = {plan.total:,} rows, {plan.todo:,} to compute")
+    say(f"views: {_views(plan.policy)}")
     say(f"{size(plan.stored_bytes)} as {plan.info.precision} ({levels})")
     say(f"training reads {size(row_bytes)} an image: {size(100 * row_bytes)}/s at 100 images/s\n")
+
+
+def _views(policy: Policy) -> str:
+    if isinstance(policy, SampledPolicy):
+        transforms = ", ".join(transform["type"] for transform in policy.record["pipeline"])
+        return f"sampled with seed {policy.record['seed']}, {policy.size[0]}x{policy.size[1]} (height x width): {transforms}"
+    scales = ", ".join(f"{long}x{short}" for long, short in policy.scales)
+    return f"resized into {scales}{', each also mirrored' if policy.mirrors else ''}"
 
 
 def _show_stages(results: list[StageResult]) -> None:

@@ -112,7 +112,7 @@ def _plan(recipe: Recipe, storage: Storage, info: GroupInfo, rows: OrderRows | N
 def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: float) -> FillResult:
     teacher = plan.info.teacher
     job = ActorJob(
-        recipe.cache.uri, lease.run, plan.info, recipe.teachers[teacher], recipe.policy, recipe.dataset.train.img_dir
+        recipe.cache.uri, lease.run, plan.info, recipe.teachers[teacher], recipe.policy, recipe.dataset.train
     )
     cluster.connect()
     actors = min(recipe.actors.max, plan.todo_units)

@@ -32,8 +32,9 @@ from trainer.order import (
     with_candidates,
 )
 from trainer.pictures import LEAST_SCORE, Energy, Picture, Pictures, SeenObject, Sight, take_pictures
-from trainer.recipe import Recipe, StageSpec, TeacherSpec, load_recipe, parse_recipe
+from trainer.recipe import Recipe, SplitSpec, StageSpec, TeacherSpec, load_recipe, parse_recipe
 from trainer.sample import Agreement, SampleReport, compare_sample
+from trainer.sampled import ApplySampledView
 from trainer.scenes import CLASSES, SceneOptions, generate
 from trainer.stage import StageResult, open_stage, train_stage
 from trainer.stage_config import TargetSource, stage_config, stage_dir, teacher_info
@@ -47,6 +48,7 @@ __all__ = [
     "STUDENT",
     "Agreement",
     "Annotations",
+    "ApplySampledView",
     "ApplyView",
     "Batch",
     "CachedMaps",
@@ -66,6 +68,7 @@ __all__ = [
     "SeenObject",
     "Selection",
     "Sight",
+    "SplitSpec",
     "StageResult",
     "StageSpec",
     "TargetSource",

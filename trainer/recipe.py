@@ -16,9 +16,11 @@ from pydantic import (
     model_validator,
 )
 
-from cache import Compression, Precision, RecipeError, ViewPolicy
+from cache import Compression, Policy, Precision, RecipeError, SampledPolicy, ViewPolicy
+from trainer.annotations import annotations_digest
 from trainer.config import resolve
-from trainer.mechanisms import check_mechanism
+from trainer.mechanisms import MECHANISMS, check_mechanism
+from trainer.sampled import build_pipeline
 
 
 def _existing_file(value: Any) -> Any:
@@ -51,6 +53,13 @@ def _mechanism(value: Any) -> Any:
     return value
 
 
+def _pipeline(value: Any) -> Any:
+    if not isinstance(value, list) or not value or not all(isinstance(one, dict) and "type" in one for one in value):
+        raise ValueError("a pipeline is a list of mmdet transforms, each a mapping with a `type`")
+    build_pipeline(value)
+    return value
+
+
 def _scales(value: Any) -> Any:
     return [value] if isinstance(value, list) and value and not isinstance(value[0], list) else value
 
@@ -66,6 +75,7 @@ def _stages(value: Any) -> Any:
 ExistingFile = Annotated[str, BeforeValidator(_existing_file)]
 ExistingFolder = Annotated[str, BeforeValidator(_existing_folder)]
 ConfigName = Annotated[str, BeforeValidator(_config)]
+PipelineSpec = Annotated[list[dict[str, Any]], BeforeValidator(_pipeline)]
 MechanismSpec = Annotated[dict[str, Any], BeforeValidator(_mechanism)]
 Scale = tuple[PositiveInt, PositiveInt]
 
@@ -88,15 +98,56 @@ class DatasetSpec(_Spec):
     val: SplitSpec
 
 
+class SampledSpec(_Spec):
+    """Views that a pipeline draws.
+
+    Attributes:
+        pipeline: mmdet transforms between loading and packing, with their random choices.
+        count: views of an image.
+        size: (height, width) in pixels; every view is padded to it at the right and bottom, none may be larger.
+        seed: another seed draws other views.
+        pad: value of the padding in all three channels. The padding is part of the view.
+        masks: load masks too: for transforms that paste objects, and for students that train on masks.
+        val_scale: (long edge, short edge) into which validation images are resized; by default as the student's config says.
+    """
+
+    pipeline: PipelineSpec
+    count: PositiveInt
+    size: tuple[PositiveInt, PositiveInt]
+    seed: int = 0
+    pad: Annotated[int, Field(ge=0, le=255)] = 114
+    masks: bool = False
+    val_scale: Scale | None = None
+
+
 class ViewsSpec(_Spec):
-    """Which views of an image exist: one or several scales (long edge, short edge in pixels), with or without flip."""
+    """Which views of an image exist.
 
-    scale: Annotated[tuple[Scale, ...], BeforeValidator(_scales), Field(min_length=1)]
+    Attributes:
+        scale, flip: one or several scales (long edge, short edge in pixels), with or without flip.
+        sampled: instead of these, what a pipeline draws.
+    """
+
+    scale: Annotated[tuple[Scale, ...], BeforeValidator(_scales), Field(min_length=1)] | None = None
     flip: Literal["both", "none"] = "both"
+    sampled: SampledSpec | None = None
 
-    def policy(self) -> ViewPolicy:
-        """The policy that gives each view its number."""
-        return ViewPolicy(self.scale, self.flip)
+    @model_validator(mode="after")
+    def _one_kind(self) -> "ViewsSpec":
+        if (self.scale is None) == (self.sampled is None):
+            raise ValueError("views are either `scale` (with `flip`) or `sampled`: give exactly one of the two")
+        if self.sampled is not None and "flip" in self.model_fields_set:
+            raise ValueError("flip belongs to `scale`; sampled views flip by a RandomFlip in their pipeline")
+        return self
+
+    def policy(self, ann_file: str) -> Policy:
+        """The policy that gives each view its number. Sampled views depend on the annotations, whose digest is part of it."""
+        if self.scale is not None:
+            return ViewPolicy(self.scale, self.flip)
+        assert self.sampled is not None
+        record = self.sampled.model_dump(mode="json", exclude={"count", "size", "val_scale"})
+        record["annotations_sha256"] = annotations_digest(ann_file)
+        return SampledPolicy(self.sampled.count, self.sampled.size, record)
 
 
 class CacheSpec(_Spec):
@@ -177,6 +228,8 @@ class StudentSpec(_Spec):
         inherit: copy the neck and heads of the first stage's teacher (the first of several) into the student where names and
             shapes agree.
         capture: modules whose maps are matched with the teacher's levels.
+        input_scale: the student sees its views resized by this factor, in training and evaluation; the teacher's targets stay
+            those of the whole view, and its maps are matched level by level with the student's, enlarged.
     """
 
     config: ConfigName
@@ -184,6 +237,13 @@ class StudentSpec(_Spec):
     checkpoint: ExistingFile | None = None
     inherit: bool = False
     capture: Annotated[tuple[str, ...], Field(min_length=1)] = ("neck",)
+    input_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "StudentSpec":
+        if self.inherit and self.checkpoint is not None:
+            raise ValueError("a student begins from its checkpoint or inherits from the first teacher, not both")
+        return self
 
 
 class StageSpec(_Spec):
@@ -273,6 +333,12 @@ class Recipe(_Spec):
                     raise ValueError(f"stages.{number}.teacher: {name!r} is not in `teachers` ({known})")
         if self.auto and not (self.teachers and self.order.mechanisms):
             raise ValueError("stages: auto needs `teachers` to choose from, and `order.mechanisms` for its stages")
+        mechanisms = (*self.order.mechanisms, *(m for stage in self.stages for m in stage.mechanisms))
+        for kind in (m["type"] for m in mechanisms if MECHANISMS.get(m["type"]).needs & {"dense", "head"}):
+            if self.student.input_scale != 1:
+                raise ValueError(
+                    f"student.input_scale: {kind} compares heads position by position, which needs scale 1"
+                )
         if self.student.inherit and not self.auto and self.stages[0].teacher is None:
             raise ValueError("student.inherit: the first stage has no teacher to inherit from")
         return self
@@ -294,9 +360,9 @@ class Recipe(_Spec):
         return self.with_sequence(list(self.teachers)).stages if self.auto else self.stages
 
     @property
-    def policy(self) -> ViewPolicy:
+    def policy(self) -> Policy:
         """The view policy."""
-        return self.views.policy()
+        return self.views.policy(self.dataset.train.ann_file)
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -13,6 +13,7 @@ from trainer.config import load_config, nested, plain_dict, set_classes
 from trainer.needs import needs_of
 from trainer.recipe import Recipe, StageSpec
 from trainer.teacher import describe, fingerprint_record
+from trainer.transforms import view_config
 
 TargetSource = Literal["cache", "online"]
 # what of a student's training pipeline may stay: everything else changes pixels or boxes after the view
@@ -31,7 +32,8 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
 
     What is taken from the student's config: model, optimiser, schedule (stretched to the stage's epochs; a warm-up counted in
     iterations is cut to a tenth of the stage where it is longer), loaders and hooks. The validation images are resized to
-    the largest scale of the views.
+    the largest scale of the views, or, where views are sampled, to their ``val_scale`` or else that of the student's config;
+    either times the student's input scale.
 
     Args:
         stage: number of the stage, from 1.
@@ -49,6 +51,7 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
     set_classes(cfg.model, len(train.classes))
     infos = [teacher_info(recipe, name) for name in spec.teachers]
     _set_data(cfg, recipe, train, stage, infos if targets == "cache" else [])
+    _set_evaluation(cfg, recipe)
     _set_schedule(cfg, spec, train, recipe.training.workers)
     _set_model(cfg, recipe, stage, infos, targets)
     _set_visualizer(cfg, stage_dir(recipe, stage))
@@ -102,8 +105,17 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cache
     meta = pack.get(
         "meta_keys", ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
     )
-    view = dict(type="ApplyView", scale=[list(scale) for scale in recipe.views.scale], flip=recipe.views.flip)
-    pipeline = [kept.get("LoadImageFromFile", dict(type="LoadImageFromFile")), load_annotations, view]
+    split, with_mask = recipe.dataset.train, bool(load_annotations.get("with_mask"))
+    pipeline = [view_config(recipe.policy, split.ann_file, split.img_dir, keep_masks=with_mask)]
+    if recipe.views.sampled is None:
+        pipeline = [kept.get("LoadImageFromFile", dict(type="LoadImageFromFile")), load_annotations, *pipeline]
+    elif with_mask and not recipe.views.sampled.masks:
+        raise RecipeError("views.sampled.masks: this student trains on masks; set it to true.")
+    if recipe.student.input_scale < 1:
+        if recipe.stages[stage - 1].teachers and not cached:  # live ones
+            pipeline += [dict(type="KeepWholeView")]
+            meta = [*meta, "whole_view"]
+        pipeline += [dict(type="Resize", scale_factor=recipe.student.input_scale)]
     pipeline += [kept["FilterAnnotations"]] if "FilterAnnotations" in kept else []
     pipeline += [dict(type="PackDetInputs", meta_keys=[*meta, "view"])]
     pipeline += [_load_targets(recipe, stage, info) for info in cached]
@@ -123,16 +135,26 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cache
         ),
     )
     cfg.train_dataloader.sampler = dict(type="ViewSampler")
-    largest = max(recipe.views.scale, key=lambda scale: scale[0] * scale[1])
-    for loader in (cfg.val_dataloader, cfg.test_dataloader):
-        test_pipeline = [
-            dict(t) for t in next(d["pipeline"] for d in nested(plain_dict(loader.dataset)) if "pipeline" in d)
-        ]
+
+
+def _set_evaluation(cfg: Config, recipe: Recipe) -> None:
+    if recipe.views.scale is not None:
+        chosen = max(recipe.views.scale, key=lambda scale: scale[0] * scale[1])
+    else:
+        chosen = recipe.views.sampled.val_scale
+    classes = cfg.train_dataloader.dataset.dataset.metainfo
+    loaders = (cfg.val_dataloader, cfg.test_dataloader)
+    # both are read before one is changed: a config may name one loader twice
+    found = [next(d["pipeline"] for d in nested(plain_dict(one.dataset)) if "pipeline" in d) for one in loaders]
+    for loader, test_pipeline in zip(loaders, found, strict=True):
         for transform in test_pipeline:
             if transform["type"] == "Resize":
-                transform["scale"] = largest
+                transform["scale"] = _reduced(chosen or transform.get("scale"), recipe.student.input_scale)
         loader.dataset = dict(
-            **coco,
+            type="CocoDataset",
+            metainfo=classes,
+            data_root=None,
+            backend_args=None,
             ann_file=recipe.dataset.val.ann_file,
             data_prefix=dict(img=recipe.dataset.val.img_dir),
             test_mode=True,
@@ -140,6 +162,12 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cache
         )
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         evaluator.ann_file = recipe.dataset.val.ann_file
+
+
+def _reduced(scale: Sequence[int] | None, factor: float) -> tuple[int, ...]:
+    if scale is None:
+        raise RecipeError("student.config: its test pipeline has a Resize without a scale.")
+    return tuple(scale) if factor == 1 else tuple(max(1, round(side * factor)) for side in scale)
 
 
 def _load_targets(recipe: Recipe, stage: int, cached: GroupInfo) -> dict[str, Any]:
@@ -206,6 +234,7 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInf
         mechanisms=[dict(m) for m in spec.mechanisms],
         capture=list(student.capture),
         checkpoint=checkpoint,
+        input_scale=student.input_scale,
     )
     distiller["teachers"] = {}
     for info in infos:

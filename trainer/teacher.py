@@ -19,8 +19,8 @@ from cache import (
     Detections,
     GroupInfo,
     Level,
+    Policy,
     TeacherLoadError,
-    ViewPolicy,
     head_digest,
     level_name,
     pack_head,
@@ -192,7 +192,7 @@ def select_levels(levels: Sequence[Level], spec: TeacherSpec, key: str) -> tuple
 def fingerprint_record(
     spec: TeacherSpec,
     name: str,
-    policy: ViewPolicy,
+    policy: Policy,
     precision: str,
     *,
     levels: Sequence[str] | None = None,

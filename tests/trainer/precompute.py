@@ -22,7 +22,7 @@ def fill(recipe: Recipe, name: str, rows: OrderRows | None = None) -> list:
         if info.head is not None:
             write_head(storage, info, head_file(spec, name))
         computer = UnitComputer(
-            Teacher.of_group(spec, info), info, recipe.policy, recipe.dataset.train.img_dir, spec.batch_size
+            Teacher.of_group(spec, info), info, recipe.policy, recipe.dataset.train, spec.batch_size
         )
         for unit in plan.units():
             targets, failed = computer.run(unit)
