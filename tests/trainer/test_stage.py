@@ -13,6 +13,7 @@ import torch
 import yaml
 from mmdet.apis import inference_detector, init_detector
 from mmengine.runner import Runner
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cache import CorruptShardError, MissingRowsError, RecipeError, StaleCacheError
 from tests import models
@@ -128,6 +129,21 @@ def test_a_stage_begins_with_the_weights_of_the_one_before_and_nothing_else(trai
     assert all(torch.equal(begun[key], value) for key, value in first.items())
     assert cfg.model.get("inherit_from") is None
     assert stage_config(recipe, 1).model.inherit_from == recipe.teachers["mask"].checkpoint
+
+
+def test_each_stage_of_a_process_logs_into_its_own_folder_and_to_tensorboard(trained) -> None:
+    recipe, _ = trained
+    for stage, loss in ((1, "loss_PKDLoss"), (2, "loss_MGDLoss")):
+        (log,) = stage_dir(recipe, stage).glob("*/vis_data/scalars.json")
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert {key for line in lines for key in line if key.endswith("Loss")} == {loss}
+        (event,) = EventAccumulator(str(log.parent)).Reload().Scalars(loss)
+        assert event.value == pytest.approx(next(line[loss] for line in lines if loss in line), rel=1e-5)
+    options = {"visualizer.vis_backends": [{"type": "mmengine.MLflowVisBackend", "exp_name": "mine"}]}
+    student = recipe.student.model_copy(update={"cfg_options": {**recipe.student.cfg_options, **options}})
+    backends = stage_config(recipe.model_copy(update={"student": student}), 1).visualizer.vis_backends
+    assert backends[0] == {"type": "mmengine.MLflowVisBackend", "exp_name": "mine"}
+    assert [b["type"] for b in backends[1:]] == ["LocalVisBackend", "TensorboardVisBackend"]
 
 
 def test_a_stage_that_is_done_is_not_trained_again_and_another_recipe_is_refused(trained) -> None:
