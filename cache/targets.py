@@ -26,11 +26,13 @@ class DenseLevel:
         logits: (k, classes) float32, before sigmoid or softmax.
         terms: (k, ...) float32, the box terms of the same positions as the head gives them: deltas, distances, or a
             distribution's logits.
+        shape: rows, columns and anchors of the teacher's own map, which the indices count in.
     """
 
     indices: Tensor
     logits: Tensor
     terms: Tensor
+    shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
