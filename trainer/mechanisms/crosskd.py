@@ -33,11 +33,11 @@ _Towers = list[list[list[Tensor]]]  # by image, level and branch (class, box): (
 class CrossKDLoss(Mechanism):
     """Cross-head distillation (Wang et al., CVPR 2024): teacher's predictions against the cross predictions.
 
-    Both towers' features of the student after convolution ``reused_teacher_head_idx``, before the activation, are brought per channel
-    and level to the mean and deviation of the teacher's at the same point, and go on through the rest of the teacher's frozen
-    head. With p the teacher's outputs, q the cross outputs, v the teacher's highest score of a position, all of the positions
-    that the student's assigner does not ignore, and M what the student's head divides its losses by (the number of positives; for
-    FCOS the sum of their centerness):
+    Both towers' features of the student after convolution ``reused_teacher_head_idx``, before the activation, are brought per
+    channel and level to the mean and deviation of the teacher's at the same point, and go on through the rest of the teacher's
+    frozen head. With p the teacher's outputs and q these cross outputs at the positions that the student's assigner does not
+    ignore, v the teacher's highest score of a position, and M what the student's head divides its losses by (the number of
+    positives; for FCOS the sum of their centerness):
 
         ``loss_weight * (cls_weight / M * sum KDQFL(q, p) + reg_weight * reg + ctr_weight / M * sum over positives of BCE)``
 

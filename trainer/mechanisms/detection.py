@@ -21,8 +21,8 @@ _SMALLEST = 1.0  # pixels: no anchor fits what is smaller, and box coders take l
 class DetectionLoss(Mechanism):
     """``loss_weight * the student's own loss`` with the teacher's boxes, labels and, for students with masks, masks as truth.
 
-    Every student family has such a loss, two-stage ones too; what the detector names a loss is summed. Its neck's features of this
-    step are used again, so that the backbone runs once. The teacher may be of any family with the same classes.
+    Every student family has such a loss, two-stage ones too; what the detector names a loss is summed. The features of this step
+    are used again, so that the backbone runs once. The teacher may be of any family with the same classes.
 
     A score tells how far a detection is to be believed: every step keeps each with a probability equal to its score, so that it
     counts as often as the teacher trusts it, or, with ``score_threshold``, those that reach it. Images where nothing is kept

@@ -19,7 +19,8 @@ from trainer.mechanisms.dense_logit import dense_of, student_head
 class LDLoss(Mechanism):
     """Localisation distillation with class distillation, for students and teachers with GFL heads of equal ``reg_max``.
 
-    Sum over levels of, KL at temperature T meaning ``T^2 * mean over bins of softmax(t / T) * log(softmax(t / T) / softmax(s / T))``:
+    The sum over levels of three parts; KL at temperature T is mmdet's, ``T^2 * mean over bins of p * log(p / q)`` with p =
+    softmax(t / T), q = softmax(s / T):
 
     - ``ld_weight * 1/4 * sum over positives and their 4 sides of v * KL``, v the student's highest class score there, T =
       ``temperature``. Positives are those of the student's own assigner. This is ``loss_ld`` of mmdet's ``LDHead``, which like
@@ -99,7 +100,8 @@ class LDLoss(Mechanism):
 
     def _sides(self, ours: Tensor, theirs: Tensor, weight: Tensor) -> Tensor:
         """Weighted sum of the KL of the four sides: (k, 4 * bins) each, weight (k,)."""
-        kl = _kl(ours.reshape(len(ours) * 4, -1), theirs.reshape(len(theirs) * 4, -1), self.temperature)
+        bins = ours.shape[1] // 4
+        kl = _kl(ours.reshape(-1, bins), theirs.reshape(-1, bins), self.temperature)
         return (kl * weight.repeat_interleave(4)).sum()
 
     def _check(self, head: nn.Module, stored: Sequence[dict]) -> None:
