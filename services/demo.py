@@ -12,10 +12,12 @@ from services.precompute import fill, plan_teacher, used_teachers
 from services.present import duration, say, size, table
 from services.report import write_report
 from services.train import ap, train
-from trainer import Recipe, StageResult, generate, parse_recipe
+from trainer import Recipe, SceneOptions, StageResult, generate, parse_recipe
 
 _ROOT = Path(__file__).parent.parent
 _TRAIN_SCENES, _VAL_SCENES, _SEED = 300, 200, 0
+# few, large objects: a student finds some of them after few epochs
+_SCENES = SceneOptions(max_objects=4, min_size=0.2, clutter=3.0)
 _FIRST_VAL_ID = 1_000_001  # behind every scene that the teachers were trained on
 
 
@@ -60,8 +62,8 @@ def _draw(folder: Path) -> None:
     if (folder / "annotations" / "val.json").exists():
         return
     say(f"drawing {_TRAIN_SCENES} scenes to train on and {_VAL_SCENES} to evaluate on")
-    generate(folder, "train", _TRAIN_SCENES, seed=_SEED)
-    generate(folder, "val", _VAL_SCENES, seed=_SEED, first_id=_FIRST_VAL_ID)
+    generate(folder, "train", _TRAIN_SCENES, seed=_SEED, options=_SCENES)
+    generate(folder, "val", _VAL_SCENES, seed=_SEED, first_id=_FIRST_VAL_ID, options=_SCENES)
 
 
 def _arms(work_dir: Path) -> dict[str, Recipe]:
@@ -85,8 +87,8 @@ def _arms(work_dir: Path) -> dict[str, Recipe]:
     epochs = sum(stage["epochs"] for stage in stages)
     arms = {
         "student alone": ([{"epochs": epochs}], False),
-        "last teacher directly": ([{**stages[-1], "epochs": epochs}], True),
-        "progressive": (stages, True),
+        "last teacher directly": ([{**stages[-1], "epochs": epochs}], content["student"]["inherit"]),
+        "progressive": (stages, content["student"]["inherit"]),
     }
     return {
         name: parse_recipe(

@@ -225,8 +225,8 @@ class StudentSpec(_Spec):
 
     Attributes:
         checkpoint: weights to start from; with null its config's ``init_cfg`` decides.
-        inherit: copy the neck and heads of the first stage's teacher (the first of several) into the student where names and
-            shapes agree.
+        inherit: copy a teacher's neck and heads into the student where names and shapes agree: those of the teacher named, or
+            with ``true`` of the first stage's (the first of several), as the official MTPD does.
         capture: modules whose maps are matched with the teacher's levels.
         input_scale: the student sees its views resized by this factor, in training and evaluation; the teacher's targets stay
             those of the whole view, and its maps are matched level by level with the student's, enlarged.
@@ -235,14 +235,14 @@ class StudentSpec(_Spec):
     config: ConfigName
     cfg_options: dict[str, Any] = {}
     checkpoint: ExistingFile | None = None
-    inherit: bool = False
+    inherit: bool | str = False
     capture: Annotated[tuple[str, ...], Field(min_length=1)] = ("neck",)
     input_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _one_beginning(self) -> "StudentSpec":
         if self.inherit and self.checkpoint is not None:
-            raise ValueError("a student begins from its checkpoint or inherits from the first teacher, not both")
+            raise ValueError("a student begins from its checkpoint or inherits from a teacher, not both")
         return self
 
 
@@ -339,9 +339,19 @@ class Recipe(_Spec):
                 raise ValueError(
                     f"student.input_scale: {kind} compares heads position by position, which needs scale 1"
                 )
-        if self.student.inherit and not self.auto and self.stages[0].teacher is None:
-            raise ValueError("student.inherit: the first stage has no teacher to inherit from")
+        if isinstance(self.student.inherit, str) and self.student.inherit not in self.teachers:
+            raise ValueError(
+                f"student.inherit: {self.student.inherit!r} is not in `teachers` ({', '.join(self.teachers)})"
+            )
+        if self.student.inherit is True and not self.auto and self.stages[0].teacher is None:
+            raise ValueError("student.inherit: the first stage has no teacher to inherit from; name one")
         return self
+
+    @property
+    def inherit_from(self) -> str | None:
+        """The teacher whose neck and heads the student begins with."""
+        chosen = self.student.inherit
+        return self.stages[0].teachers[0] if chosen is True else chosen or None
 
     @property
     def auto(self) -> bool:

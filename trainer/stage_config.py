@@ -255,8 +255,8 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInf
                 fingerprint=info.record,
             )
         distiller["teachers"][info.teacher] = given
-    if stage == 1 and student.inherit:
-        distiller["inherit_from"] = recipe.teachers[spec.teachers[0]].checkpoint
+    if stage == 1 and recipe.inherit_from is not None:
+        distiller["inherit_from"] = recipe.teachers[recipe.inherit_from].checkpoint
     cfg.model = distiller
 
 

@@ -129,6 +129,9 @@ def test_a_stage_begins_with_the_weights_of_the_one_before_and_nothing_else(trai
     assert all(torch.equal(begun[key], value) for key, value in first.items())
     assert cfg.model.get("inherit_from") is None
     assert stage_config(recipe, 1).model.inherit_from == recipe.teachers["mask"].checkpoint
+    student = recipe.student.model_copy(update={"inherit": "swin"})
+    named = recipe.model_copy(update={"student": student})
+    assert stage_config(named, 1).model.inherit_from == recipe.teachers["swin"].checkpoint
 
 
 def test_each_stage_of_a_process_logs_into_its_own_folder_and_to_tensorboard(trained) -> None:
