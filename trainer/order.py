@@ -23,6 +23,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +32,11 @@ import torch.nn.functional as F
 from cache import RecipeError, Targets, TeacherCache, decode, pool
 from trainer.annotations import read_annotations
 from trainer.config import class_options, load_config, plain_dict
+from trainer.mechanisms import MECHANISMS
 from trainer.recipe import Recipe, StageSpec, TeacherSpec
 
 STUDENT = "student"  # its name among the candidates
+_FEATURES = {"type": "FeatureMatchingLoss"}
 FloatArray = npt.NDArray[np.float64]
 Key = tuple[int, int]  # image id, view
 
@@ -43,7 +46,7 @@ def with_candidates(recipe: Recipe) -> Recipe:
 
     So the student's features are precomputed and cached like any teacher's. It has the data set's classes, as in training.
     What a stage's mechanisms need decides what is stored of its teacher: a teacher without a stage gets one with the
-    mechanisms of ``order``, or with plain feature matching, and of the student features are all that is needed.
+    mechanisms of ``order``. Where these want no features, plain feature matching joins them.
 
     Raises:
         RecipeError: no teachers, the student has no checkpoint, or a teacher has its name.
@@ -67,17 +70,21 @@ def with_candidates(recipe: Recipe) -> Recipe:
         cfg_options={**spec.cfg_options, **class_options(model, classes)},
         capture=spec.capture,
     )
-    features = ({"type": "FeatureMatchingLoss"},)
     staged = {name for stage in recipe.stages for name in stage.teachers}
-    more = [
-        StageSpec(teacher=name, mechanisms=recipe.order.mechanisms or features)
+    wanted = [stage for stage in recipe.stages if stage.teachers]
+    wanted += [
+        StageSpec(teacher=name, mechanisms=recipe.order.mechanisms or (_FEATURES,))
         for name in recipe.teachers
         if name not in staged
     ]
-    more.append(StageSpec(teacher=STUDENT, mechanisms=features))
-    return recipe.model_copy(
-        update={"teachers": {**recipe.teachers, STUDENT: student}, "stages": (*recipe.stages, *more)}
-    )
+    wanted = [stage.model_copy(update={"mechanisms": _with_features(stage.mechanisms)}) for stage in wanted]
+    wanted.append(StageSpec(teacher=STUDENT, mechanisms=(_FEATURES,)))
+    return recipe.model_copy(update={"teachers": {**recipe.teachers, STUDENT: student}, "stages": tuple(wanted)})
+
+
+def _with_features(mechanisms: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    wanted = any("features" in MECHANISMS.get(mechanism["type"]).needs for mechanism in mechanisms)
+    return tuple(mechanisms) if wanted else (*mechanisms, _FEATURES)
 
 
 @dataclass(frozen=True)
