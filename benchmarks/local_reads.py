@@ -1,8 +1,8 @@
 """How fast one row of a teacher's targets, all levels of it, is read at random: this cache against its peers.
 
 A row is int8 P3-P7 of an 800 x 1344 view with 256 channels, and a float32 scale per level and channel: 5.7 MB. Every
-reader holds the same rows, lies in the page cache and hands out arrays in memory of its own; each of its rows is
-compared once, before the clock starts, with what was written. All run in this one process (torch on one thread, as in a
+reader holds the same rows, lies in the page cache and hands out arrays (this cache: tensors) in memory of its own; each row
+of it is compared once, before the clock starts, with what was written. All run in this one process (torch on one thread, as in a
 data loader's worker), in turn in every round, over the same rows in the same random order, so that whatever else the
 machine does falls on all of them; a round reads them twice and the second time counts. A reader's time is that of its
 best round; every round goes to --json.
@@ -57,7 +57,7 @@ def build(payload: Payload, root: Path, console: Console) -> list[Contender]:
             contender.root.mkdir()
             contender.build(payload)
         contender.open()
-        if {row: checksum(arrays) for row, arrays in contender.read(range(payload.rows))} != written:
+        if {row: checksum(contender.arrays(one)) for row, one in contender.read(range(payload.rows))} != written:
             raise RuntimeError(f"{kind.name}: what is read is not what was written")
         contenders.append(contender)
     os.sync()  # or the kernel writes the rows to the disk while the clock runs

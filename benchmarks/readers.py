@@ -88,6 +88,10 @@ class Contender(ABC):
         self.rounds: list[float] = []  # milliseconds a row
         self.library: Any = importlib.import_module(self.module) if self.module else None
 
+    def arrays(self, row: Any) -> Arrays:
+        """What `row` gave, as numpy arrays by the names of ROW."""
+        return row
+
     @abstractmethod
     def build(self, payload: Payload) -> None:
         """Write every row; called once for each ``folder``."""
@@ -96,11 +100,11 @@ class Contender(ABC):
     def open(self) -> None:
         """All that is done once before reading."""
 
-    def row(self, row: int) -> Arrays:
-        """One row, in memory of its own."""
+    def row(self, row: int) -> Any:
+        """One row, in memory of its own, as the reader hands it out."""
         raise NotImplementedError(f"{self.name} reads from the beginning only")
 
-    def read(self, order: Iterable[int]) -> Iterator[tuple[int, Arrays]]:
+    def read(self, order: Iterable[int]) -> Iterator[tuple[int, Any]]:
         """Rows with their numbers, in the order that is asked for."""
         return ((row, self.row(row)) for row in order)
 
@@ -131,9 +135,8 @@ class Preadv(Contender):
         return split(self._buffer)
 
 
-class Ours(Contender):
-    name, folder, setup = "this cache", "cache", "TeacherCache.open(verify=False)[key].copy()"
-    verify = False
+class OurStore(Contender):
+    folder = "cache"
 
     def build(self, payload: Payload) -> None:
         n = payload.rows
@@ -151,20 +154,29 @@ class Ours(Contender):
                 targets.append(cache.RowTargets(place, values, scales, dict.fromkeys(values, 40.0), nothing, place.row))
             cache.write_unit(storage, TEACHER, unit, targets)
 
+
+class Ours(OurStore):
+    name, setup = "this cache", "TeacherCache.open(verify=False)[key].copy(), its tensors"
+    verify = False
+
     def open(self) -> None:
         self._cache = cache.TeacherCache.open(str(self.root), TEACHER.teacher, verify=self.verify)
 
-    def row(self, row: int) -> Arrays:
+    def row(self, row: int) -> Any:
         targets = self._cache[row, 0].copy()
-        maps = {name: tensor.numpy() for name, tensor in targets.features.items()}
-        return maps | {f"{name}_scale": tensor.numpy() for name, tensor in targets.scales.items()}
+        return targets.features, targets.scales
+
+    def arrays(self, row: Any) -> Arrays:
+        features, scales = row
+        maps = {name: tensor.numpy() for name, tensor in features.items()}
+        return maps | {f"{name}_scale": tensor.numpy() for name, tensor in scales.items()}
 
 
 class OursVerified(Ours):
     name, setup, verify = "this cache, verified", "the same with verify=True: CRC32C of every chunk at every read", True
 
 
-class TensorStore(Ours):
+class TensorStore(OurStore):
     name, package, module = "tensorstore", "tensorstore", "tensorstore"
     setup = "this cache's store; files mapped, a cache_pool for the shards' indices alone, a row's ten reads at once"
 
@@ -181,7 +193,7 @@ class TensorStore(Ours):
         return {name: future.result() for name, future in futures.items()}
 
 
-class ZarrPython(Ours):
+class ZarrPython(OurStore):
     name, package, module = "zarr-python", "zarr", "zarr"
     setup = "this cache's store; arrays opened once, default configuration, one array after the other"
 

@@ -1,16 +1,23 @@
 """What it costs to quantise, write and commit a unit, against one plain file of the same bytes on the same disk.
 
 A unit is 800 x 1344 views, P3-P7 of 256 channels, as many as the plan puts in one (int8: 23 rows, 132 MB). The maps lie
-there as float32, as a teacher on the CPU leaves them. Contenders, in turn in every round, each into a fresh folder:
+there as float32, as a teacher on the CPU leaves them: four times the bytes that are stored as int8. Contenders, in turn in
+every round, each into a fresh folder:
 
 - "whole": ``encode`` every view, make its `RowTargets`, ``write_unit``: shards (each flushed to the disk), detections, the
-  part of the manifest that commits them.
+  part of the manifest that commits them; one after the other.
+- "overlapped": the same of three units, each written while the next is encoded, as an actor does it (there the next one's
+  forward comes between); seconds a unit, the first encoding and the last writing included.
 - "write": ``write_unit`` alone, of rows quantised before.
-- "plain": one file of the same stored bytes, written from memory and flushed to the disk: the yardstick.
+- "plain": one file of the same stored bytes, written from memory in pieces of 4 MiB by one thread, and flushed to the disk:
+  the yardstick. It reads no float, makes no checksum and ends in one flush; ``write_unit`` ends in one for each of 12 files.
+- "limit": the largest magnitude of every map (``amax``, one pass over the floats without arithmetic to speak of), then
+  "plain": a quantisation needs the peak of a channel before it can begin, so none that is followed by a write is faster.
 
-Medians over the rounds; the first round warms up and does not count. The share of "plain" in the time of "whole" is what is
-aimed at: at least 0.5 for int8. The parts are timed in the same rounds, by wrapping the functions that do them; "rest" is
-what none of them holds. Torch runs on ``--threads`` threads.
+Medians and the best over the rounds; the first round warms up and does not count. The share of "plain" in the time of "whole"
+is what is aimed at: at least 0.5 for int8. The processor's seconds are compared too: other programs on the machine disturb them
+less. The parts of "whole" are timed in the same rounds, by wrapping the functions that do them; "write", "fsync" and "crc" add
+up the seconds of two threads. Torch runs on ``--threads`` threads.
 
     OMP_NUM_THREADS=1 python -m benchmarks.writes --json writes.json
 """
@@ -22,6 +29,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -41,6 +49,7 @@ HEIGHT, WIDTH, CHANNELS = 800, 1344, 256
 LEVELS = tuple(cache.Level(f"P{n}", CHANNELS, 2**n) for n in range(3, 8))
 TARGET = 0.5
 PIECE = 2**22
+UNITS = 3
 # what is timed inside: its name, and the functions that do it
 PARTS = (
     ("write", ((os, "write"),)),
@@ -48,6 +57,8 @@ PARTS = (
     ("crc", ((google_crc32c, "value"),)),
     ("parquet", ((manifest, "seal"), (detections, "seal"), (detections, "to_table"))),
 )
+PART_NAMES = ("encode", *(name for name, _ in PARTS))
+CONTENDERS = ("whole", "overlapped", "write", "plain", "limit")
 Maps = dict[str, torch.Tensor]
 
 
@@ -102,6 +113,7 @@ class Round:
 
     Attributes:
         times: seconds of each contender, a number for each round.
+        processor: the processor's seconds of each.
         parts: seconds of each part of "whole", a number for each round.
     """
 
@@ -116,6 +128,7 @@ class Round:
         self._targets = quantise(self._unit, maps, precision)
         self.stored_bytes = 0
         self.times: dict[str, list[float]] = {}
+        self.processor: dict[str, list[float]] = {}
         self.parts: dict[str, list[float]] = {}
 
     def run(self) -> None:
@@ -123,12 +136,29 @@ class Round:
         spent: dict[str, float] = {}
         with timed(spent):
             self._clock("whole", lambda storage: self._write(storage, self._quantise(spent)))
-        for name in ("encode", *(name for name, _ in PARTS)):
+        for name in PART_NAMES:
             self.parts.setdefault(name, []).append(spent[name])
+        self._clock("overlapped", self._overlapped, UNITS)
         self._clock("write", lambda storage: self._write(storage, self._targets))
         buffers = [one for row in self._targets for one in (*row.values.values(), *row.scales.values())]
         content = b"".join(np.ascontiguousarray(one).tobytes() for one in buffers)
         self._clock("plain", lambda storage: self._plain(storage.root / "plain", content))
+        self._clock("limit", lambda storage: self._limit(storage.root / "plain", content))
+
+    def _overlapped(self, storage: cache.LocalStorage) -> None:
+        with ThreadPoolExecutor(1) as writer:
+            writing = [writer.submit(int)]
+            for n in range(UNITS):
+                targets = self._quantise({})
+                writing.pop().result()
+                writing.append(writer.submit(self._write, cache.LocalStorage(storage.root / str(n)), targets))
+            writing.pop().result()
+
+    def _limit(self, path: Path, content: bytes) -> None:
+        for row in self._maps:
+            for maps in row.values():
+                maps.amax(dim=(2, 3))
+        self._plain(path, content)
 
     def _quantise(self, spent: dict[str, float]) -> list[cache.RowTargets]:
         begin = time.perf_counter()
@@ -146,20 +176,39 @@ class Round:
                 file.write(memoryview(content)[start : start + PIECE])
             os.fsync(file.fileno())
 
-    def _clock(self, name: str, call: Callable[[cache.LocalStorage], None]) -> None:
+    def _clock(self, name: str, call: Callable[[cache.LocalStorage], None], units: int = 1) -> None:
         storage = cache.LocalStorage(self._folder / name)
         cache.prepare(storage, self._plan)
         os.sync()
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         call(storage)
-        self.times.setdefault(name, []).append(time.perf_counter() - begin)
+        self.processor.setdefault(name, []).append((time.process_time() - used) / units)
+        self.times.setdefault(name, []).append((time.perf_counter() - begin) / units)
         shutil.rmtree(storage.root)
+
+
+def summary(one: Round) -> dict[str, Any]:
+    """What was measured of a precision: seconds, and the share of "plain" in each."""
+    seconds = {
+        "median": {key: statistics.median(values[1:]) for key, values in one.times.items()},
+        "best": {key: min(values[1:]) for key, values in one.times.items()},
+        "processor": {key: statistics.median(values[1:]) for key, values in one.processor.items()},
+    }
+    shares = {
+        f"of {how}": {key: own["plain"] / own[key] for key in CONTENDERS if key != "plain"}
+        for how, own in seconds.items()
+    }
+    parts = {name: statistics.median(one.parts[name][1:]) for name in PART_NAMES}
+    parts["rest"] = seconds["median"]["whole"] - sum(parts.values())
+    rounds = {"seconds": one.times, "processor": one.processor}
+    return {"bytes": one.stored_bytes, **seconds, **shares, "parts": parts, "rounds": rounds}
 
 
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds after the first.")] = 5,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the int8 unit; other precisions: as many.")] = 23,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    only: Annotated[str | None, typer.Option(help="One precision; all by default.")] = None,
     folder: Annotated[Path | None, typer.Option("--dir", help="Where units are written; removed at the end.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write everything measured here.")] = None,
 ) -> None:
@@ -167,26 +216,29 @@ def main(
     torch.set_num_threads(threads)
     maps = draw(rows)
     with tempfile.TemporaryDirectory(dir=folder) as root:
-        precisions = {name: Round(name, maps, Path(root)) for name in get_args(cache.Precision)}
+        precisions = {name: Round(name, maps, Path(root)) for name in ([only] if only else get_args(cache.Precision))}
         for _ in range(rounds + 1):
             for one in precisions.values():
                 one.run()
-    table = Table("", "MB", title=f"one unit of {rows} rows, seconds; torch on {threads} thread(s)")
-    parts = ["encode", *(name for name, _ in PARTS), "rest"]
-    for heading in ("whole", "write", "plain", "plain/whole", "plain/write", *(f"- {name}" for name in parts)):
+    results = {name: summary(one) for name, one in precisions.items()}
+    console = Console(width=150)
+    table = Table("", "MB", "", title=f"one unit of {rows} rows, seconds; torch on {threads} thread(s)")
+    for heading in (*CONTENDERS, *(f"plain/{name}" for name in CONTENDERS if name != "plain")):
         table.add_column(heading, justify="right")
-    results = {}
-    for name, one in precisions.items():
-        middle = {key: statistics.median(values[1:]) for key, values in one.times.items()}
-        inside = {key: statistics.median(values[1:]) for key, values in one.parts.items()}
-        inside["rest"] = middle["whole"] - sum(inside.values())
-        ratios = {"plain/whole": middle["plain"] / middle["whole"], "plain/write": middle["plain"] / middle["write"]}
-        shown = [*middle.values(), *ratios.values(), *(inside[part] for part in parts)]
-        table.add_row(name, f"{one.stored_bytes / 1e6:.0f}", *(f"{value:.2f}" for value in shown))
-        results[name] = {"bytes": one.stored_bytes, **middle, **ratios, "parts": inside, "rounds": one.times}
-    Console(width=160).print(table)
-    reached = results["int8"]["plain/whole"]
-    print(f"int8: plain/whole {reached:.2f}, target >= {TARGET}: {reached >= TARGET}")
+    inside = Table("seconds of", *(*PART_NAMES, "rest"), title="parts of whole, medians")
+    for name, result in results.items():
+        for how in ("median", "best", "processor"):
+            shown = (
+                *(f"{result[how][key]:.3f}" for key in CONTENDERS),
+                *(f"{v:.2f}" for v in result["of " + how].values()),
+            )
+            table.add_row(name, f"{result['bytes'] / 1e6:.0f}", how, *shown)
+        inside.add_row(name, *(f"{seconds:.3f}" for seconds in result["parts"].values()))
+    console.print(table)
+    console.print(inside)
+    for how in ("median", "best") if "int8" in results else ():
+        reached = results["int8"][f"of {how}"]["whole"]
+        print(f"int8, {how}: plain/whole {reached:.2f}, target >= {TARGET}: {reached >= TARGET}")
     if json_path:
         json_path.write_text(json.dumps(results, indent=1))
 

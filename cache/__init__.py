@@ -17,7 +17,8 @@ from cache.errors import (
     TeacherLoadError,
 )
 from cache.gc import Garbage, find_garbage, remove, whole_group
-from cache.layout import FORMAT_VERSION, Compression, GroupInfo, Level, Precision, differences, level_name
+from cache.heads import head_digest, pack_head, read_head, write_head
+from cache.layout import FORMAT_VERSION, Compression, DenseSpec, GroupInfo, Level, Precision, differences, level_name
 from cache.lease import Lease, fence
 from cache.manifest import Index, compact, load_index, part_names
 from cache.plan import Bucket, Images, Plan, Row, Unit, make_plan
@@ -26,7 +27,7 @@ from cache.storage import LocalStorage, Storage, open_storage
 from cache.targets import DenseLevel, RowLayout, Targets
 from cache.verify import Damage, Report, repair, verify
 from cache.views import View, ViewPolicy, padded, resized
-from cache.writer import RowTargets, prepare, write_unit
+from cache.writer import DenseArrays, RowTargets, prepare, write_unit
 
 __all__ = [
     "FORMAT_VERSION",
@@ -35,7 +36,9 @@ __all__ = [
     "Compression",
     "CorruptShardError",
     "Damage",
+    "DenseArrays",
     "DenseLevel",
+    "DenseSpec",
     "Detections",
     "Encoded",
     "Garbage",
@@ -71,19 +74,23 @@ __all__ = [
     "fence",
     "find_garbage",
     "find_group",
+    "head_digest",
     "level_name",
     "list_groups",
     "load_index",
     "make_plan",
     "open_storage",
+    "pack_head",
     "padded",
     "part_names",
     "pool",
     "prepare",
+    "read_head",
     "remove",
     "repair",
     "resized",
     "verify",
     "whole_group",
+    "write_head",
     "write_unit",
 ]

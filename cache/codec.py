@@ -19,6 +19,9 @@ _BINS = 256
 _CANDIDATES = 64
 _SAMPLE = 4096
 _CPU_BLOCK = 2**18
+# magnitudes are measured in steps of a channel's peak, which must not be too small to divide by
+_SMALLEST = 1e-30
+_STORED = {"float16": torch.float16, "int8": torch.int8, "int4": torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,19 @@ def encode(maps: Tensor, precision: Precision) -> Encoded:
     """
     images, channels, height, width = maps.shape
     rows = maps.reshape(images * channels, height * width)
-    # a CPU makes several passes over each value: in blocks that stay in its cache they cost a third
-    block = max(1, _CPU_BLOCK // (height * width)) if maps.device.type == "cpu" else images * channels
-    parts = [_encode_rows(part.float(), precision) for part in torch.split(rows, block)]
-    values, scales, signal, noise = (torch.cat(column) for column in zip(*parts, strict=True))
-    signal, noise = signal.view(images, channels).sum(dim=1), noise.view(images, channels).sum(dim=1)
+    count, length = rows.shape
+    columns = -(-length // 2) if precision == "int4" else length
+    values = torch.empty(count, columns, dtype=_STORED[precision], device=maps.device)
+    scales, signal, noise = torch.empty(3, count, device=maps.device)
+    # a CPU makes several passes over each value: in blocks that stay in its cache, and in the same memory for all of them,
+    # they cost a third
+    block = max(1, _CPU_BLOCK // length) if maps.device.type == "cpu" else count
+    scratch = torch.empty(2, min(block, count), length, device=maps.device)
+    for parts in zip(*(torch.split(whole, block) for whole in (rows, values, scales, signal, noise)), strict=True):
+        _encode_rows(parts[0].float(), *parts[1:], precision, *scratch[:, : len(parts[0])])
+    # the norms are in steps of the scale, in which no map's energy overflows
+    scales.masked_fill_(signal == 0, 0)
+    signal, noise = ((norms.double() * scales).square().view(images, channels).sum(dim=1) for norms in (signal, noise))
     snr = torch.where(noise > 0, 10 * torch.log10(signal / noise), torch.full_like(noise, torch.inf))
     shape = (images, channels, -1) if precision == "int4" else maps.shape
     return Encoded(
@@ -70,24 +81,44 @@ def encode(maps: Tensor, precision: Precision) -> Encoded:
     )
 
 
-def _encode_rows(rows: Tensor, precision: Precision) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Channels (R, h * w) float32 -> stored values (R, ...), scales (R,), energies of signal and noise (R,) float64."""
-    peaks = rows.abs().amax(dim=1)
+def _encode_rows(
+    rows: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    signal: Tensor,
+    noise: Tensor,
+    precision: Precision,
+    numbers: Tensor,
+    nearest: Tensor,
+) -> None:
+    """Encode channels (R, h * w) float32 on the memory of ``numbers`` and ``nearest``, which are as large.
+
+    Fills ``values`` (R, ...), ``scales`` (R,), and ``signal`` and ``noise`` (R,): the norms of the channel and of its error, in
+    steps of the scale; they are not finite where the channel is not.
+    """
     if precision == "float16":
-        values = rows.half()
-        error = values.float()
-        scales = torch.ones_like(peaks)
+        values.copy_(rows)
+        scales.fill_(1)
+        torch.linalg.vector_norm(rows, dim=1, out=signal)
+        torch.linalg.vector_norm(nearest.copy_(values).sub_(rows), dim=1, out=noise)
+        return
+    peaks = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).clamp_(min=_SMALLEST)
+    if precision == "int8":
+        torch.div(peaks, _INT8_MAX, out=scales)
     else:
-        largest = _INT8_MAX if precision == "int8" else _INT4_MAX
-        scales = peaks / largest if precision == "int8" else _int4_scales(rows, peaks)
-        error = rows / torch.where(scales > 0, scales, torch.ones_like(scales))[:, None]
-        values = error.round_().clamp_(-largest, largest).to(torch.int8)
-        if precision == "int4":
-            scales = scales * _unshrunk(rows, error, scales)
-            values = pack(values)
-        error.mul_(scales[:, None])
-    signal, noise = (v.square().sum(dim=1).double() for v in (rows, error.sub_(rows)))
-    return values, scales, signal, noise
+        scales.copy_(_int4_steps(rows, peaks))
+    torch.mul(rows, scales.reciprocal()[:, None], out=numbers)
+    torch.linalg.vector_norm(numbers, dim=1, out=signal)
+    torch.round(numbers, out=nearest)
+    if precision == "int8":  # the peak is 127 steps: nothing to clip
+        values.copy_(nearest)
+        torch.linalg.vector_norm(numbers.sub_(nearest), dim=1, out=noise)
+        return
+    values.copy_(pack(nearest.clamp_(-_INT4_MAX, _INT4_MAX).to(torch.int8)))
+    grown = _unshrunk(signal, numbers, nearest)
+    torch.linalg.vector_norm(numbers.div_(grown[:, None]).sub_(nearest), dim=1, out=noise)
+    signal.div_(grown)
+    scales.mul_(grown)
 
 
 def decode(values: Tensor, scales: Tensor | None, size: tuple[int, int] | None = None) -> Tensor:
@@ -121,8 +152,8 @@ def pool(maps: Tensor, window: int) -> Tensor:
 
 def pack(values: Tensor) -> Tensor:
     """(..., n) int8 from -8 to 7 -> (..., ceil(n / 2)) uint8: the first of two numbers in the low four bits."""
-    values = F.pad(values, (0, values.shape[-1] % 2))
-    return (values[..., 0::2] & 0x0F | values[..., 1::2] << 4).view(torch.uint8)
+    pairs = F.pad(values, (0, values.shape[-1] % 2)).view(torch.int16)  # the first is the low byte
+    return (pairs & 0x0F | pairs >> 4 & 0xF0).to(torch.uint8)
 
 
 def unpack(packed: Tensor, size: tuple[int, int]) -> Tensor:
@@ -133,22 +164,20 @@ def unpack(packed: Tensor, size: tuple[int, int]) -> Tensor:
     return flat[..., : size[0] * size[1]].reshape(*packed.shape[:-1], *size)
 
 
-def _int4_scales(rows: Tensor, peaks: Tensor) -> Tensor:
-    """(R,): of 64 evenly spaced clipping points the one with the least squared error, on a histogram of magnitudes."""
+def _int4_steps(rows: Tensor, peaks: Tensor) -> Tensor:
+    """(R,): the step of 64 evenly spaced clipping points with the least squared error, on a histogram of magnitudes."""
     sample = rows[:, :: -(-rows.shape[1] // _SAMPLE)].abs()  # the best point is flat: no need to see every value
-    safe = torch.where((peaks > 0) & peaks.isfinite(), peaks, torch.ones_like(peaks))
-    bins = (sample * (_BINS / safe)[:, None]).nan_to_num_(0, 0, 0).clamp_(0, _BINS - 1).to(torch.int64)
-    offsets = torch.arange(rows.shape[0], device=rows.device)[:, None] * _BINS
-    counts = torch.bincount((bins + offsets).flatten(), minlength=rows.shape[0] * _BINS).view(-1, _BINS).double()
-    best = (counts @ _clipping_errors(rows.device)).argmin(dim=1) + 1
+    bins = (sample * (_BINS / peaks)[:, None]).nan_to_num_(0, 0, 0).clamp_(0, _BINS - 1).to(torch.int64)
+    offsets = torch.arange(peaks.shape[0], device=peaks.device)[:, None] * _BINS
+    counts = torch.bincount((bins + offsets).flatten(), minlength=peaks.shape[0] * _BINS).view(-1, _BINS).double()
+    best = (counts @ _clipping_errors(peaks.device)).argmin(dim=1) + 1
     return peaks * best.float() / (_CANDIDATES * _INT4_MAX)
 
 
-def _unshrunk(rows: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
+def _unshrunk(norms: Tensor, numbers: Tensor, nearest: Tensor) -> Tensor:
     """(R,): the factor by which restored channels must grow for their regression on the original ones to have slope 1."""
-    energy = rows.square().sum(dim=1, dtype=torch.float64)
-    common = (rows * numbers).sum(dim=1, dtype=torch.float64) * scales
-    return torch.where(common > 0, energy / common, torch.ones_like(common)).float()
+    common = (numbers * nearest).sum(dim=1).double()
+    return torch.where(common > 0, norms.double().square() / common, torch.ones_like(common)).float()
 
 
 @lru_cache(maxsize=8)

@@ -16,10 +16,13 @@ READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.parquet"
 MANIFEST_COPY = "manifest.copy.parquet"
 LEASE = "lease.json"
+HEAD = "head.safetensors"
 Precision = Literal["float16", "int8", "int4"]
 Compression = Literal["none", "zstd"]
+Role = Literal["map", "scale", "index", "logits", "terms"]
+_ITEM_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "float32": 4, "int32": 4}
 # what a group's attributes may ask of a reader, so that a forged one cannot make it allocate without bound
-_MAX_CHANNELS, _MAX_STRIDE, _MAX_SIDE = 2**16, 2**10, 2**16
+_MAX_CHANNELS, _MAX_STRIDE, _MAX_SIDE, _MAX_ANCHORS, _MAX_TOP_K = 2**16, 2**10, 2**16, 2**8, 2**20
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,36 @@ class Level:
         """Rows and columns of the map as it is stored: pooled."""
         rows, columns = self.map_size(height, width)
         return -(-rows // self.pool), -(-columns // self.pool)
+
+
+@dataclass(frozen=True)
+class DenseSpec:
+    """What is stored of a dense head's outputs on one level: those of the best positions.
+
+    Attributes:
+        name: of the level.
+        stride: in pixels of the padded view.
+        anchors: positions in each cell of the level's map.
+        classes: class logits of a position.
+        terms: box terms of a position.
+        top_k: positions stored; all where a view has fewer.
+    """
+
+    name: str
+    stride: int
+    anchors: int
+    classes: int
+    terms: int
+    top_k: int
+
+    def stored(self, height: int, width: int) -> int:
+        """Positions stored of a padded view of ``height`` x ``width`` pixels."""
+        rows, columns = self.map_size(height, width)
+        return min(self.top_k, rows * columns * self.anchors)
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the head's maps of a padded view of ``height`` x ``width`` pixels."""
+        return -(-height // self.stride), -(-width // self.stride)
 
 
 def level_name(stride: int) -> str:
@@ -115,21 +148,26 @@ class ArraySpec:
     """One of a bucket's arrays.
 
     Attributes:
-        name: ``P3`` for a level's maps, ``P3_scale`` for their scales.
         level: the level that it belongs to.
+        role: a level's maps or their scales; positions, class logits or box terms of its dense outputs.
         shape: of one row.
         dtype: numpy's name; little-endian on disk.
     """
 
-    name: str
     level: str
+    role: Role
     shape: tuple[int, ...]
     dtype: str
 
     @cached_property
+    def name(self) -> str:
+        """``P3`` for a level's maps, else the level and the role: ``P3_scale``."""
+        return self.level if self.role == "map" else f"{self.level}_{self.role}"
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of one row, not compressed."""
-        return math.prod(self.shape) * (4 if self.dtype == "float32" else 2 if self.dtype == "float16" else 1)
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
     def shard(self, group: str, bucket: str, unit: int) -> str:
         """Path of the shard that holds one unit (Zarr v3 default chunk keys)."""
@@ -150,6 +188,8 @@ class GroupInfo:
         divisor: views are padded to multiples of so many pixels.
         compression: of every stored row. It changes no value, so it is not part of the fingerprint.
         version: of the format that the group is written in.
+        dense: what is stored of the dense head, per level; empty if nothing is.
+        head: SHA-256 (hex) of the file that holds the teacher's head's weights; None if it is not kept.
     """
 
     teacher: str
@@ -159,6 +199,8 @@ class GroupInfo:
     divisor: int
     compression: Compression = "none"
     version: int = FORMAT_VERSION
+    dense: tuple[DenseSpec, ...] = ()
+    head: str | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -171,17 +213,22 @@ class GroupInfo:
         return group_name(self.teacher, self.digest)
 
     def arrays(self, bucket: str) -> list[ArraySpec]:
-        """A bucket's arrays: of every level its maps and, unless they are float16, their scales."""
+        """A bucket's arrays: of every level its maps and, unless they are float16, their scales; then the dense outputs."""
         height, width = bucket_size(bucket)
         arrays: list[ArraySpec] = []
         for level in self.levels:
             rows, columns = level.stored_size(height, width)
             if self.precision == "int4":
-                arrays.append(ArraySpec(level.name, level.name, (level.channels, -(-rows * columns // 2)), "uint8"))
+                arrays.append(ArraySpec(level.name, "map", (level.channels, -(-rows * columns // 2)), "uint8"))
             else:
-                arrays.append(ArraySpec(level.name, level.name, (level.channels, rows, columns), self.precision))
+                arrays.append(ArraySpec(level.name, "map", (level.channels, rows, columns), self.precision))
             if self.precision != "float16":
-                arrays.append(ArraySpec(f"{level.name}_scale", level.name, (level.channels,), "float32"))
+                arrays.append(ArraySpec(level.name, "scale", (level.channels,), "float32"))
+        for dense in self.dense:
+            k = dense.stored(height, width)
+            arrays.append(ArraySpec(dense.name, "index", (k,), "int32"))
+            arrays.append(ArraySpec(dense.name, "logits", (k, dense.classes), "float16"))
+            arrays.append(ArraySpec(dense.name, "terms", (k, dense.terms), "float16"))
         return arrays
 
     def to_attributes(self) -> dict[str, Any]:
@@ -198,6 +245,10 @@ class GroupInfo:
         if self.version > 1:
             attributes["pool"] = {level.name: level.pool for level in self.levels if level.pool != 1}
             attributes["compression"] = self.compression
+            if self.dense:
+                attributes["dense"] = {d.name: [d.stride, d.anchors, d.classes, d.terms, d.top_k] for d in self.dense}
+            if self.head is not None:
+                attributes["head_sha256"] = self.head
             attributes["attributes_sha256"] = fingerprint(attributes)
         return attributes
 
@@ -229,6 +280,8 @@ class GroupInfo:
                 int(attributes["pad_divisor"]),
                 attributes.get("compression", "none"),
                 int(version),
+                tuple(DenseSpec(str(name), *map(int, row)) for name, row in attributes.get("dense", {}).items()),
+                attributes.get("head_sha256"),
             )
             rest = {key: value for key, value in attributes.items() if key != "attributes_sha256"}
             intact = attributes["fingerprint"] == info.digest and (
@@ -246,6 +299,28 @@ class GroupInfo:
         return info
 
 
+# what a record says of what is stored, not of how a stored value comes about
+_STORED = frozenset({"levels", "pool", "dense", "head"})
+
+
+def serves(info: GroupInfo, record: dict[str, Any]) -> bool:
+    """Whether a group's targets are those of a fingerprint record, and hold all that it asks for, or more.
+
+    Two records that differ only in what is stored (levels, pooling, dense outputs, head weights) are of the same targets.
+    """
+    ours = {key: value for key, value in info.record.items() if key not in _STORED}
+    if ours != {key: value for key, value in record.items() if key not in _STORED} or record.get("levels") is None:
+        return False
+    pools = {level.name: level.pool for level in info.levels}
+    wanted = {name: record.get("pool", {}).get(name, 1) for name in record["levels"]}
+    top_k = record.get("dense") or 0
+    return (
+        all(pools.get(name) == window for name, window in wanted.items())
+        and (not top_k or (bool(info.dense) and min(d.top_k for d in info.dense) >= top_k))
+        and (not record.get("head") or info.head is not None)
+    )
+
+
 _REWRITE = "Run `mtpd precompute` with the recipe: it writes the attributes anew and keeps the rows."
 
 
@@ -255,12 +330,23 @@ def _is_sound(info: GroupInfo) -> bool:
         and info.compression in get_args(Compression)
         and re.fullmatch(r"[A-Za-z0-9_.-]+", info.teacher) is not None
         and 0 < info.divisor <= _MAX_STRIDE
-        and 0 < len(info.levels) <= 16
+        and len(info.levels) <= 16
+        and len(info.dense) <= 16
+        and (info.head is None or re.fullmatch(r"[0-9a-f]{64}", info.head) is not None)
         and all(
             re.fullmatch(r"P\d{1,2}", level.name) is not None
             and 0 < level.channels <= _MAX_CHANNELS
             and 0 < level.stride <= _MAX_STRIDE
             and 0 < level.pool <= _MAX_STRIDE
             for level in info.levels
+        )
+        and all(
+            re.fullmatch(r"P\d{1,2}", dense.name) is not None
+            and 0 < dense.stride <= _MAX_STRIDE
+            and 0 < dense.anchors <= _MAX_ANCHORS
+            and 0 < dense.classes <= _MAX_CHANNELS
+            and 0 < dense.terms <= _MAX_CHANNELS
+            and 0 < dense.top_k <= _MAX_TOP_K
+            for dense in info.dense
         )
     )

@@ -14,16 +14,36 @@ from cache.storage import LocalStorage
 
 # a process may hold 65,530 maps by Linux's default; the rest is left to others
 _MAX_MAPS = 16_384
+# no row's label: those have 64 bits
+_NONE = -1
 
 
-@dataclass(frozen=True)
-class _Mapped:
-    data: Bytes
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row in every array of its unit.
+
+    Attributes:
+        label: on which all arrays agree, `_NONE` if they do not; None in format version 1.
+        chunks: views into the maps, with their checksums if these are to be checked.
+        address: of the first chunk.
+    """
+
+    label: int | None
+    chunks: list[Bytes]
     address: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """A unit's rows, None where a slot is empty. They are made when the unit is mapped: after a row's copy nothing else is in
+    the processor's cache, and what a read costs beside its copy is the number of objects that it has to look at.
+
+    Attributes:
+        visible: whether the kernel says which pages are in memory.
+    """
+
+    rows: list[_Row | None]
     visible: bool
-    tail: Tail
-    array: ArraySpec
-    label: int
 
 
 class MappedRows:
@@ -35,7 +55,7 @@ class MappedRows:
 
     def __init__(self, storage: LocalStorage, info: GroupInfo, *, verify: bool) -> None:
         self._storage, self._info, self._verify = storage, info, verify
-        self._units: OrderedDict[tuple[str, int], list[_Mapped]] = OrderedDict()
+        self._units: OrderedDict[tuple[str, int], _Unit] = OrderedDict()
 
     def read(
         self, arrays: Sequence[ArraySpec], bucket: str, unit: int, slots: int, slot: int, label: int | None
@@ -48,28 +68,52 @@ class MappedRows:
         Raises:
             DamagedBytesError, FileNotFoundError: what is stored is not what was written.
         """
+        if not arrays:
+            return []
         key = bucket, unit
         mapped = self._units.get(key)
         if mapped is None:
-            mapped = self._units[key] = [self._map(array, bucket, unit, slots) for array in arrays]
+            mapped = self._units[key] = self._map_unit(arrays, bucket, unit, slots)
             if len(self._units) * len(arrays) > _MAX_MAPS:
                 self._units.popitem(last=False)
         else:
             self._units.move_to_end(key)
-        places = [one.tail.find(slot, None if label is None else label ^ one.label) for one in mapped]
-        finest, (start, nbytes) = mapped[0], places[0]
-        if not (finest.visible and pagecache.seems_resident(finest.address + start, nbytes)):
-            for one, (offset, length) in zip(mapped, places, strict=True):
-                pagecache.fetch(one.address + offset, length)
-        rows = []
-        for one, (offset, length) in zip(mapped, places, strict=True):
-            data = shard.read_chunk(one.data[offset : offset + length], verify=self._verify)
-            if self._info.compression != "none":
-                data = shard.decompress(data, one.array.nbytes, self._info.compression)
-            rows.append(data)
-        return rows
+        row = mapped.rows[slot]
+        if row is None:
+            raise DamagedBytesError(f"slot {slot} is empty")
+        if row.label != label:
+            raise DamagedBytesError(f"slot {slot} holds another row: the shard is not where it belongs")
+        chunks = row.chunks
+        if not (mapped.visible and pagecache.seems_resident(row.address, chunks[0].size)):
+            for chunk in chunks:
+                pagecache.fetch(chunk.ctypes.data, chunk.size)
+        if self._verify:
+            chunks = [shard.read_chunk(chunk, verify=True) for chunk in chunks]
+        if self._info.compression != "none":
+            pairs = zip(chunks, arrays, strict=True)
+            chunks = [shard.decompress(chunk, array.nbytes, self._info.compression) for chunk, array in pairs]
+        return chunks
 
-    def _map(self, array: ArraySpec, bucket: str, unit: int, slots: int) -> _Mapped:
+    def _map_unit(self, arrays: Sequence[ArraySpec], bucket: str, unit: int, slots: int) -> _Unit:
+        shards = [self._map(array, bucket, unit, slots) for array in arrays]
+        names = [shard.array_label(self._info.name, bucket, array.name) for array in arrays]
+        rows = [self._row(shards, names, slot) for slot in range(slots)]
+        finest = self._storage.path(arrays[0].shard(self._info.name, bucket, unit))
+        return _Unit(rows, os.access(finest, os.W_OK))
+
+    def _row(self, shards: Sequence[tuple[Bytes, Tail]], names: Sequence[int], slot: int) -> _Row | None:
+        if any(tail.offsets[slot] < 0 for _, tail in shards):
+            return None
+        labels = {
+            tail.labels[slot] ^ name if tail.labels else None for (_, tail), name in zip(shards, names, strict=True)
+        }
+        places = [(data, tail.offsets[slot], tail.lengths[slot]) for data, tail in shards]
+        chunks = [data[offset : offset + length] for data, offset, length in places]
+        if not self._verify:
+            chunks = [shard.read_chunk(chunk, verify=False) for chunk in chunks]
+        return _Row(labels.pop() if len(labels) == 1 else _NONE, chunks, chunks[0].ctypes.data)
+
+    def _map(self, array: ArraySpec, bucket: str, unit: int, slots: int) -> tuple[Bytes, Tail]:
         info = self._info
         file = self._storage.path(array.shard(info.name, bucket, unit))
         size = file.stat().st_size
@@ -77,9 +121,5 @@ class MappedRows:
             raise DamagedBytesError("the shard is empty")
         # a private map that keeps no file descriptor open: tens of thousands of shards may be mapped at once
         data = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()
-        address = data.__array_interface__["data"][0]
-        pagecache.expect_random_reads(address, size)
-        tail = shard.tail_of(data, slots, array.nbytes, info.compression, info.version)
-        return _Mapped(
-            data, address, os.access(file, os.W_OK), tail, array, shard.array_label(info.name, bucket, array.name)
-        )
+        pagecache.expect_random_reads(data.ctypes.data, size)
+        return data, shard.tail_of(data, slots, array.nbytes, info.compression, info.version)

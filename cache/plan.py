@@ -168,9 +168,18 @@ class Plan:
         totals = {level.name: 0 for level in self.info.levels}
         for bucket in self.buckets:
             for array in self.info.arrays(bucket.name):
-                if array.name == array.level:
+                if array.role == "map":
                     totals[array.level] += bucket.rows * array.nbytes
         return totals
+
+    def dense_bytes(self) -> int:
+        """Bytes of the dense outputs."""
+        return sum(
+            bucket.rows * array.nbytes
+            for bucket in self.buckets
+            for array in self.info.arrays(bucket.name)
+            if array.role in ("index", "logits", "terms")
+        )
 
     def _row_bytes(self, bucket: Bucket) -> int:
         return sum(shard.size(a.nbytes, 1, 0) - shard.size(0, 0, 0) for a in self.info.arrays(bucket.name))
@@ -291,4 +300,4 @@ def _refuse_other_images(images: Images, sources: npt.NDArray[np.uint64], commit
 
 
 def _default_slots(info: GroupInfo, bucket: str) -> int:
-    return max(1, min(MAX_UNIT_ROWS, round(UNIT_BYTES / sum(array.nbytes for array in info.arrays(bucket)))))
+    return max(1, min(MAX_UNIT_ROWS, round(UNIT_BYTES / max(1, sum(array.nbytes for array in info.arrays(bucket))))))

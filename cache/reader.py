@@ -14,7 +14,7 @@ from cache.detections import Detections
 from cache.diskcache import DiskCache
 from cache.errors import CorruptShardError, MissingRowsError, RecipeError, StaleCacheError
 from cache.hierarchy import read_document
-from cache.layout import GroupInfo, differences, fingerprint, group_name, part, unit_name
+from cache.layout import GroupInfo, differences, fingerprint, group_name, part, serves, unit_name
 from cache.manifest import Index, Location
 from cache.mapped import MappedRows
 from cache.shard import Bytes, DamagedBytesError
@@ -46,9 +46,10 @@ class TeacherCache:
         *,
         verify: bool = True,
         levels: Sequence[str] | None = None,
+        dense: bool = True,
         kept: DiskCache | None = None,
     ) -> None:
-        self.info, self.index = info, index
+        self.info, self.index, self._dense = info, index, dense
         self.levels: dict[str, tuple[int, int]] = {
             level.name: (level.channels, level.stride)
             for level in info.levels
@@ -66,6 +67,7 @@ class TeacherCache:
         fingerprint: dict[str, Any] | None = None,
         verify: bool = True,
         levels: Sequence[str] | None = None,
+        dense: bool = True,
         local_dir: str | None = None,
         local_bytes: int | None = None,
     ) -> "TeacherCache":
@@ -74,10 +76,11 @@ class TeacherCache:
         Args:
             uri: the cache: a path, or ``s3://``, ``gs://``, ``az://`` with bucket and prefix.
             teacher: the teacher's name in the recipe.
-            fingerprint: the fingerprint record that the recipe asks for; anything else is refused. Without it the
-                cache must hold one group of that teacher only.
+            fingerprint: the fingerprint record that the recipe asks for; anything else is refused, but a group that holds
+                more of the same targets serves. Without it the cache must hold one group of that teacher only.
             verify: check the checksum of every row that is read; what comes from object storage is always checked.
             levels: levels to read; all by default.
+            dense: read the dense head's outputs too, where they are stored.
             local_dir: a folder that keeps rows of a cache in object storage; several processes and caches may share it.
             local_bytes: bytes that it may take; 64 GiB by default.
 
@@ -98,7 +101,9 @@ class TeacherCache:
             kept = DiskCache(
                 Path(local_dir).expanduser().absolute(), _LOCAL_BYTES if local_bytes is None else local_bytes
             )
-        return cls(storage, info, manifest.load_index(storage, info), verify=verify, levels=levels, kept=kept)
+        return cls(
+            storage, info, manifest.load_index(storage, info), verify=verify, levels=levels, dense=dense, kept=kept
+        )
 
     def __len__(self) -> int:
         """Committed rows."""
@@ -161,7 +166,7 @@ class TeacherCache:
 
     def _layout(self, bucket: str) -> RowLayout:
         if bucket not in self._layouts:
-            self._layouts[bucket] = RowLayout.of(self.info, bucket, list(self.levels))
+            self._layouts[bucket] = RowLayout.of(self.info, bucket, list(self.levels), dense=self._dense)
         return self._layouts[bucket]
 
     def _read(self, image_id: int, view: int, location: Location, layout: RowLayout) -> Sequence[Bytes]:
@@ -189,7 +194,7 @@ class TeacherCache:
     @property
     def _kept_as(self) -> str:
         """A folder of its own for what was read of this cache, group and choice of levels."""
-        identity = f"{self._storage.where(self.info.name)}|{self.info.digest}|{','.join(self.levels)}"
+        identity = f"{self._storage.where(self.info.name)}|{self.info.digest}|{','.join(self.levels)}|{self._dense}"
         return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
     def _detections(self, location: Location) -> Detections:
@@ -217,7 +222,7 @@ class TeacherCache:
 
 
 def find_group(storage: Storage, teacher: str, record: dict[str, Any] | None = None) -> GroupInfo:
-    """The group of a teacher, by its fingerprint record if one is given.
+    """The group of a teacher, by its fingerprint record if one is given; one that holds more of the same targets serves.
 
     Raises:
         MissingRowsError: there is none.
@@ -228,6 +233,8 @@ def find_group(storage: Storage, teacher: str, record: dict[str, Any] | None = N
         if info is not None and info.digest == fingerprint(record):
             return info
     groups = {info.digest: info for info in list_groups(storage) if info.teacher == teacher}
+    if record is not None and (serving := [info for info in groups.values() if serves(info, record)]):
+        return min(serving, key=lambda info: (len(info.levels) + 3 * len(info.dense), info.name))
     if not groups:
         raise MissingRowsError(
             f"{storage.where()}: no targets of teacher {teacher!r}. Run `mtpd precompute RECIPE --teacher {teacher}`."

@@ -10,7 +10,7 @@ that an intact shard in the wrong place is noticed.
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,8 +110,9 @@ def decompress(data: Bytes, nbytes: int, compression: Compression) -> Bytes:
     return data
 
 
-def encode(chunks: Mapping[int, Chunk], slots: int) -> list[bytes | memoryview]:
-    """The bytes of a shard, as buffers to be written one after the other (chunks are not copied).
+def encode(chunks: Mapping[int, Chunk], slots: int) -> Iterator[bytes | memoryview]:
+    """The bytes of a shard, as buffers to be written one after the other: chunks are not copied, and a chunk's checksum is
+    computed when its turn comes.
 
     Args:
         chunks: of each filled slot.
@@ -119,16 +120,17 @@ def encode(chunks: Mapping[int, Chunk], slots: int) -> list[bytes | memoryview]:
     """
     index = np.full((slots, 2), ABSENT, dtype="<u8")
     labels = np.zeros(slots, dtype="<u8")
-    buffers: list[bytes | memoryview] = []
     offset = 0
     for slot, chunk in sorted(chunks.items()):
         index[slot] = offset, chunk.data.nbytes + _CRC_BYTES
         labels[slot] = chunk.label
-        buffers += [chunk.data.data, _crc(chunk.data)]
+        crc = _crc(chunk.data)  # first: what is written next is then in the processor's cache
+        yield chunk.data.data
+        yield crc
         offset += chunk.data.nbytes + _CRC_BYTES
     for table in (labels, index.reshape(-1)):
-        buffers += [table.tobytes(), _crc(table.view(np.uint8))]
-    return buffers
+        yield table.tobytes()
+        yield _crc(table.view(np.uint8))
 
 
 def size(chunk_bytes: int, filled: int, slots: int) -> int:

@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from cache import pagecache
 from cache.errors import BudgetError, CorruptShardError, RecipeError
+
+# of a file that must be flushed in the end, so much is handed to the disk at once
+_AHEAD_BYTES = 2**23
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,12 @@ class LocalStorage:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("xb", buffering=0) as file:
-                written = sum(_write_all(file.fileno(), buffer) for buffer in buffers)
+                written = begun = 0
+                for buffer in buffers:
+                    written += _write_all(file.fileno(), buffer)
+                    if durable and written - begun >= _AHEAD_BYTES:
+                        pagecache.begin_writing(file.fileno(), begun, written - begun)
+                        begun = written
                 if durable:
                     os.fsync(file.fileno())
             temporary.replace(target)

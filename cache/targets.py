@@ -1,6 +1,6 @@
 """`Targets`: what one teacher gives for one (image, view), and how its arrays lie in one buffer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,8 +13,15 @@ from cache.detections import Detections
 from cache.layout import ArraySpec, GroupInfo, bucket_size
 from cache.shard import Bytes
 
-_TORCH_DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
+_TORCH_DTYPES = {
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int32": torch.int32,
+}
 _ALIGNMENT = 16
+_MAPS = ("map", "scale")
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,13 @@ class DenseLevel:
         logits: (k, classes) float32, before sigmoid or softmax.
         terms: (k, ...) float32, the box terms of the same positions as the head gives them: deltas, distances, or a
             distribution's logits.
+        shape: rows, columns and anchors of the teacher's own map, which the indices count in.
     """
 
     indices: Tensor
     logits: Tensor
     terms: Tensor
+    shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,10 @@ class RowLayout:
     """How the arrays of one row of a bucket lie behind each other in a buffer.
 
     Attributes:
-        arrays: maps and scales of the levels, as `GroupInfo.arrays` orders them.
+        arrays: as `GroupInfo.arrays` orders them.
         sizes: per level h and w of its stored map.
         map_sizes: per level rows and columns of the detector's map, before pooling.
+        dense_shapes: per level rows, columns and anchors of the dense head's own map.
         offsets: where each array begins.
         nbytes: of the buffer.
     """
@@ -48,18 +58,31 @@ class RowLayout:
     arrays: tuple[ArraySpec, ...]
     sizes: dict[str, tuple[int, int]]
     map_sizes: dict[str, tuple[int, int]]
+    dense_shapes: dict[str, tuple[int, int, int]]
     offsets: tuple[int, ...]
     nbytes: int
 
     @classmethod
-    def of(cls, info: GroupInfo, bucket: str, levels: Sequence[str] | None = None) -> "RowLayout":
-        """The layout of a bucket's rows, of all levels or of some."""
-        arrays = tuple(array for array in info.arrays(bucket) if levels is None or array.level in levels)
+    def of(
+        cls, info: GroupInfo, bucket: str, levels: Sequence[str] | None = None, *, dense: bool = True
+    ) -> "RowLayout":
+        """The layout of a bucket's rows: of all levels' maps or of some, with the dense outputs or without."""
+        arrays = tuple(
+            array
+            for array in info.arrays(bucket)
+            if (dense if array.role not in _MAPS else levels is None or array.level in levels)
+        )
         sizes = {level.name: level.stored_size(*bucket_size(bucket)) for level in info.levels}
         map_sizes = {level.name: level.map_size(*bucket_size(bucket)) for level in info.levels}
+        shapes = {dense.name: (*dense.map_size(*bucket_size(bucket)), dense.anchors) for dense in info.dense}
         steps = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
         offsets = [sum(steps[:n]) for n in range(len(steps))]
-        return cls(arrays, sizes, map_sizes, tuple(offsets), sum(steps))
+        return cls(arrays, sizes, map_sizes, shapes, tuple(offsets), sum(steps))
+
+    @cached_property
+    def contiguous(self) -> bool:
+        """Whether the arrays follow each other without a gap."""
+        return self.nbytes == sum(array.nbytes for array in self.arrays)
 
     def rows(self, buffer: Bytes) -> list[Bytes]:
         """The bytes of each array, as views into a buffer of `nbytes`."""
@@ -67,11 +90,25 @@ class RowLayout:
 
     def features(self, buffer: Tensor) -> dict[str, Tensor]:
         """Per level its stored maps, as views into a buffer (uint8)."""
-        return {a.level: _typed(buffer[at:], a) for at, a in self._placed() if a.name == a.level}
+        return {a.level: _typed(buffer[at:], a) for at, a in self._placed() if a.role == "map"}
 
     def scales(self, buffer: Tensor) -> dict[str, Tensor]:
         """Per level its scales, as views into a buffer (uint8); empty for float16."""
-        return {a.level: _typed(buffer[at:], a) for at, a in self._placed() if a.name != a.level}
+        return {a.level: _typed(buffer[at:], a) for at, a in self._placed() if a.role == "scale"}
+
+    def dense(self, buffer: Tensor) -> dict[str, DenseLevel]:
+        """Per level its dense outputs, restored from a buffer (uint8) on the buffer's device."""
+        return self.assembled((_typed(buffer[at:], a), a) for at, a in self._placed() if a.role not in _MAPS)
+
+    def assembled(self, arrays: Iterable[tuple[Tensor, ArraySpec]]) -> dict[str, DenseLevel]:
+        """Per level its dense outputs, of the arrays that hold them."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for values, array in arrays:
+            found.setdefault(array.level, {})[array.role] = values
+        return {
+            level: DenseLevel(of["index"].long(), of["logits"].float(), of["terms"].float(), self.dense_shapes[level])
+            for level, of in found.items()
+        }
 
     def _placed(self) -> Iterator[tuple[int, ArraySpec]]:
         return zip(self.offsets, self.arrays, strict=True)
@@ -90,12 +127,11 @@ class Targets:
         image_id: int,
         view: int,
         layout: RowLayout,
-        rows: Sequence[Bytes],
+        rows: Sequence[Bytes] | Tensor,
         detections: Callable[[], Detections],
-        buffer: Tensor | None = None,
     ) -> None:
         self.image_id, self.view, self.layout = image_id, view, layout
-        self._rows, self._read_detections, self._buffer = rows, detections, buffer
+        self._rows, self._read_detections = rows, detections
 
     @cached_property
     def features(self) -> dict[str, Tensor]:
@@ -103,12 +139,17 @@ class Targets:
 
         May be a view into a mapped shard: not to be written to.
         """
-        return {a.level: _tensor(row, a) for row, a in self._pairs() if a.name == a.level}
+        return {a.level: one for a, one in self._tensors if a.role == "map"}
 
     @cached_property
     def scales(self) -> dict[str, Tensor]:
         """Per level (C,) float32, ``value = stored * scale``; empty for float16."""
-        return {a.level: _tensor(row, a) for row, a in self._pairs() if a.name != a.level}
+        return {a.level: one for a, one in self._tensors if a.role == "scale"}
+
+    @cached_property
+    def dense(self) -> dict[str, DenseLevel]:
+        """Per level the dense head's outputs at its best positions; empty if they are not stored."""
+        return self.layout.assembled((one, a) for a, one in self._tensors if a.role not in _MAPS)
 
     @cached_property
     def detections(self) -> Detections:
@@ -122,7 +163,7 @@ class Targets:
     @property
     def buffer(self) -> Tensor | None:
         """The one buffer (uint8) in which all arrays lie as `layout` says; None for targets that are views."""
-        return self._buffer
+        return self._rows if isinstance(self._rows, Tensor) else None
 
     def dequantize(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Per level (C, h, w) float32 on ``device``; the stored numbers travel, the floats are made there."""
@@ -142,21 +183,38 @@ class Targets:
             out: the buffer to use, uint8, of ``layout.nbytes`` or more.
         """
         # numpy asks for huge pages, torch does not: half of the time of a copy is page faults without them
-        buffer = torch.from_numpy(np.empty(self.layout.nbytes, np.uint8)) if out is None else out
-        rows = self.layout.rows(buffer.numpy())
-        for own, row in zip(rows, self._rows, strict=True):
-            own[:] = row
-        return Targets(self.image_id, self.view, self.layout, rows, self._read_detections, buffer)
+        place = np.empty(self.layout.nbytes, np.uint8) if out is None else out.numpy()[: self.layout.nbytes]
+        if self.layout.contiguous:
+            np.concatenate(self._pieces, out=place)  # one call instead of one for each array
+        else:
+            for own, row in zip(self.layout.rows(place), self._pieces, strict=True):
+                own[:] = row
+        return Targets(
+            self.image_id,
+            self.view,
+            self.layout,
+            torch.from_numpy(place) if out is None else out,
+            self._read_detections,
+        )
 
-    def _pairs(self) -> Iterator[tuple[Bytes, ArraySpec]]:
-        return zip(self._rows, self.layout.arrays, strict=True)
+    @property
+    def _pieces(self) -> Sequence[Bytes]:
+        return self.layout.rows(self._rows.numpy()) if isinstance(self._rows, Tensor) else self._rows
+
+    @cached_property
+    def _tensors(self) -> list[tuple[ArraySpec, Tensor]]:
+        if isinstance(self._rows, Tensor):
+            place, layout = self._rows.numpy(), self.layout
+            return [(a, _tensor(place, a, at)) for a, at in zip(layout.arrays, layout.offsets, strict=True)]
+        return [(a, _tensor(row, a)) for a, row in zip(self.layout.arrays, self._rows, strict=True)]
 
 
 def _typed(raw: Tensor, array: ArraySpec) -> Tensor:
     return raw[: array.nbytes].view(_TORCH_DTYPES[array.dtype]).view(array.shape)
 
 
-def _tensor(row: Bytes, array: ArraySpec) -> Tensor:
+def _tensor(place: Bytes, array: ArraySpec, offset: int = 0) -> Tensor:
     # bytes off the network or out of a decompressor cannot be written to, and torch has no such tensors
-    own = row if row.flags.writeable else row.copy()
-    return torch.from_numpy(own.view(array.dtype).reshape(array.shape))  # numpy's views cost a third of torch's
+    own = place if place.flags.writeable else place.copy()
+    # numpy's views cost a third of torch's
+    return torch.from_numpy(np.ndarray(array.shape, array.dtype, own, offset))

@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from cache import detections as ragged
 from cache import hierarchy, manifest, shard
-from cache.errors import CorruptShardError, StaleCacheError
-from cache.layout import MANIFEST, MANIFEST_COPY, ArraySpec, GroupInfo, part, unit_name
+from cache.errors import CorruptShardError, MissingRowsError, StaleCacheError
+from cache.heads import read_head
+from cache.layout import HEAD, MANIFEST, MANIFEST_COPY, ArraySpec, GroupInfo, part, unit_name
 from cache.lease import Lease
 from cache.storage import Storage
 
@@ -91,6 +92,11 @@ def verify(
         progress(done, len(units))
         _check_unit(storage, info, bucket, unit, index.unit_rows[bucket], rows, report)
     _check_metadata(storage, info, index, report)
+    if info.head is not None:
+        try:
+            read_head(storage, info)
+        except (CorruptShardError, MissingRowsError) as error:
+            report.damages.append(Damage(f"{info.name}/{HEAD}", None, str(error)))
     without_record = {key for key in stored_units(storage, info) if key not in units}
     report.uncommitted = sorted(without_record.union(report.uncommitted) - set(report.damaged_units))
     return report

@@ -1,7 +1,8 @@
 """Create a teacher's group, and write one unit: every shard first, the part of the manifest last."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,15 @@ from cache import detections, manifest, shard
 from cache.detections import Detections
 from cache.errors import CorruptShardError, StaleCacheError
 from cache.hierarchy import documents, group_document, write_changed
-from cache.layout import FORMAT_VERSION, ArraySpec, GroupInfo, part
+from cache.layout import FORMAT_VERSION, ArraySpec, GroupInfo, Role, part
 from cache.plan import Plan, Row, Unit
 from cache.shard import Chunk
 from cache.storage import Storage
+
+# by role: (k,) int32 positions, (k, classes) float16 logits, (k, terms) float16 box terms
+DenseArrays = Mapping[Role, npt.NDArray[Any]]
+# one waits for the disk while the other computes checksums
+_WRITERS = 2
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class RowTargets:
         values: per level what `encode` gave for one image: (C, h, w) int8 or float16, or (C, ceil(h * w / 2)) uint8.
         scales: per level (C,) float32; empty for float16.
         snr: per level, dB.
+        dense: per level what is stored of the dense head; empty if nothing is.
         image_crc32c: checksum of the image file's bytes.
     """
 
@@ -36,6 +43,13 @@ class RowTargets:
     snr: Mapping[str, float]
     detections: Detections
     image_crc32c: int
+    dense: Mapping[str, DenseArrays] = field(default_factory=dict)
+
+    def stored(self, array: ArraySpec) -> npt.NDArray[Any]:
+        """What goes into an array."""
+        if array.role == "map":
+            return self.values[array.level]
+        return self.scales[array.level] if array.role == "scale" else self.dense[array.level][array.role]
 
 
 def prepare(storage: Storage, plan: Plan) -> None:
@@ -80,10 +94,13 @@ def write_unit(
         StorageError: the object storage does not answer; nothing of the unit is committed.
     """
     fence()
-    written = 0
-    for array in info.arrays(unit.bucket):
-        rows = [(t.row, t.scales[array.level] if array.name != array.level else t.values[array.level]) for t in targets]
-        written += _write_shard(storage, info, unit, array, rows)
+
+    def write(array: ArraySpec) -> int:
+        rows = [(t.row, t.stored(array)) for t in targets]
+        return _write_shard(storage, info, unit, array, rows)
+
+    with ThreadPoolExecutor(_WRITERS, thread_name_prefix="shards") as pool:
+        written = sum(pool.map(write, info.arrays(unit.bucket)))
     written += _write_detections(storage, info, unit, {t.row.row: t.detections for t in targets})
     fence()
     manifest.write_part(storage, info, unit.name, _manifest_rows(info, unit, targets))

@@ -62,7 +62,7 @@ class TeacherActor:
         """
         job = self._job
         device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
-        teacher = Teacher(job.spec, job.info.teacher, device)
+        teacher = Teacher.of_group(job.spec, job.info, device)
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         self._computer = UnitComputer(
             teacher, job.info, job.policy, job.img_dir, job.spec.batch_size, decoders=max(1, int(cpus))

@@ -189,6 +189,7 @@ def _plan_record(plan: Plan, views: int) -> dict[str, object]:
         "bytes": plan.stored_bytes,
         "bytes_per_row": plan.stored_bytes / max(1, plan.total),
         "level_bytes": plan.level_bytes(),
+        "dense_bytes": plan.dense_bytes(),
         "levels": {level.name: {"channels": level.channels, "stride": level.stride} for level in plan.info.levels},
         "buckets": [
             {
@@ -222,6 +223,8 @@ def _show_plan(plan: Plan, views: int) -> None:
         )
     table(f"{plan.info.name}", ["bucket", "rows", "to compute", "unit rows", "units", "bytes"], rows)
     levels = ", ".join(f"{name} {size(count)}" for name, count in plan.level_bytes().items())
+    if plan.info.dense:
+        levels += f"; dense outputs {size(plan.dense_bytes())}"
     row_bytes = plan.stored_bytes / max(1, plan.total)
     say(f"{plan.total // views:,} images x {views} views = {plan.total:,} rows, {plan.todo:,} to compute")
     say(f"{size(plan.stored_bytes)} as {plan.info.precision} ({levels})")

@@ -165,7 +165,7 @@ def _why(
         return None
     if info.digest != teacher_info(recipe, info.teacher).digest:
         return "superseded" if superseded else None
-    stages = [n for n, stage in enumerate(recipe.stages, start=1) if stage.teacher == info.teacher]
+    stages = [n for n, stage in enumerate(recipe.stages, start=1) if info.teacher in stage.teachers]
     done = stages and all((stage_dir(recipe, n) / "result.json").exists() for n in stages)
     return "stage is done" if finished and done else None
 

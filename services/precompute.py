@@ -15,12 +15,13 @@ from cache import (
     make_plan,
     open_storage,
     prepare,
+    write_head,
 )
 from services import cluster
 from services.actor import ActorJob, TeacherActor
 from services.pool import Pool, SetAside
 from services.present import Progress, say, size
-from trainer import Failure, Recipe, read_annotations, teacher_info
+from trainer import Failure, Recipe, head_file, read_annotations, teacher_info
 
 # the manifest's parts are folded when so many are new, and a quarter of those folded before: work stays linear in units
 _PARTS = 256
@@ -84,6 +85,8 @@ def fill(recipe: Recipe, teacher: str, *, force: bool = False) -> FillResult:
         if not force:
             refuse_too_large(storage, [plan])
         prepare(storage, plan)
+        if info.head is not None:
+            write_head(storage, info, head_file(recipe.teachers[teacher], teacher))
         result = _run(recipe, storage, plan, lease, started)
         lease.check()
         compact(storage, info)

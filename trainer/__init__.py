@@ -19,13 +19,14 @@ from trainer.compute import Failure, UnitComputer
 from trainer.dataset import ViewedDataset, ViewSampler, epoch_order
 from trainer.distiller import Distiller
 from trainer.mechanisms import Batch
+from trainer.needs import Needs, needs_of
 from trainer.recipe import Recipe, StageSpec, TeacherSpec, load_recipe, parse_recipe
 from trainer.sample import Agreement, SampleReport, compare_sample
 from trainer.scenes import CLASSES, SceneOptions, generate
 from trainer.stage import StageResult, open_stage, train_stage
 from trainer.stage_config import TargetSource, stage_config, stage_dir, teacher_info
 from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
-from trainer.teacher import Teacher, TeacherOutput, describe, fingerprint_record
+from trainer.teacher import Teacher, TeacherOutput, describe, fingerprint_record, head_file
 from trainer.transforms import ApplyView, LoadTeacherTargets
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Failure",
     "LiveMaps",
     "LoadTeacherTargets",
+    "Needs",
     "Recipe",
     "SampleReport",
     "SceneOptions",
@@ -58,7 +60,9 @@ __all__ = [
     "epoch_order",
     "fingerprint_record",
     "generate",
+    "head_file",
     "load_recipe",
+    "needs_of",
     "open_stage",
     "parse_recipe",
     "pool_student",

@@ -1,6 +1,6 @@
 """One unit of a plan -> its targets: decode, make the views, run the teacher, quantise. Runs without ray."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,7 +11,7 @@ import mmcv
 import numpy as np
 import torch
 
-from cache import Detections, Encoded, GroupInfo, Row, RowTargets, Unit, ViewPolicy, encode
+from cache import DenseArrays, DenseLevel, Detections, Encoded, GroupInfo, Row, RowTargets, Unit, ViewPolicy, encode
 from trainer.teacher import Teacher
 from trainer.transforms import ApplyView
 
@@ -87,11 +87,12 @@ class UnitComputer:
             output = self._teacher([pixels.image for pixels in batch])
             encoded = {name: encode(maps, self._info.precision) for name, maps in output.features.items()}
             for n, pixels in enumerate(batch):
-                reason = _not_finite(encoded, n, output.detections[n], self._info.precision)
+                dense = _dense_arrays(output.dense[n]) if output.dense else {}
+                reason = _not_finite(encoded, n, output.detections[n], dense, self._info.precision)
                 if reason:
                     failures.append(_failure(pixels.row, reason))
                 else:
-                    targets.append(_row_targets(pixels, encoded, n, output.detections[n]))
+                    targets.append(_row_targets(pixels, encoded, n, output.detections[n], dense))
         return targets, failures
 
     def run(self, unit: Unit) -> tuple[list[RowTargets], list[Failure]]:
@@ -134,17 +135,36 @@ def _failure(row: Row, reason: str) -> Failure:
     return Failure(row.image_id, row.view, row.file_name, reason)
 
 
-def _not_finite(encoded: dict[str, Encoded], n: int, detections: Detections, precision: str) -> str | None:
+def _dense_arrays(dense: Mapping[str, DenseLevel]) -> dict[str, DenseArrays]:
+    """Dense outputs as they are stored."""
+    return {
+        level: {
+            "index": of.indices.to(torch.int32).cpu().numpy(),
+            "logits": of.logits.half().cpu().numpy(),
+            "terms": of.terms.half().cpu().numpy(),
+        }
+        for level, of in dense.items()
+    }
+
+
+def _not_finite(
+    encoded: dict[str, Encoded], n: int, detections: Detections, dense: Mapping[str, DenseArrays], precision: str
+) -> str | None:
     bad = [name for name, level in encoded.items() if not level.finite[n]]
     if bad:
         overflow = " or beyond float16's range (cache.precision: int8 has none)" if precision == "float16" else ""
         return f"the teacher gave NaN or Inf{overflow} on {', '.join(bad)}"
     if not (np.isfinite(detections.boxes).all() and np.isfinite(detections.scores).all()):
         return "the teacher gave NaN or Inf in its detections"
+    for level, of in dense.items():
+        if not all(np.isfinite(of[role]).all() for role in ("logits", "terms")):
+            return f"the teacher's dense head gave NaN, Inf or more than float16 holds on {level}"
     return None
 
 
-def _row_targets(pixels: Pixels, encoded: dict[str, Encoded], n: int, detections: Detections) -> RowTargets:
+def _row_targets(
+    pixels: Pixels, encoded: dict[str, Encoded], n: int, detections: Detections, dense: Mapping[str, DenseArrays]
+) -> RowTargets:
     return RowTargets(
         row=pixels.row,
         values={name: level.values[n].numpy() for name, level in encoded.items()},
@@ -152,4 +172,5 @@ def _row_targets(pixels: Pixels, encoded: dict[str, Encoded], n: int, detections
         snr={name: float(level.snr[n]) for name, level in encoded.items()},
         detections=detections,
         image_crc32c=pixels.crc32c,
+        dense=dense,
     )

@@ -10,7 +10,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from cache import Level, RecipeError
+from cache import Level, RecipeError, find_group, open_storage, read_head
 from trainer.capture import captured, flatten, measure_levels, recorded
 from trainer.checkpoint import inherit, load_strict, read_weights
 from trainer.mechanisms import MECHANISMS, Batch, Mechanism
@@ -30,8 +30,10 @@ class Distiller(BaseModel):
     Args:
         student: config of the detector.
         mechanisms: configs of the mechanisms; none trains the student alone.
-        teachers: by name what each gives: ``levels``, ``{"P3": [256, 8, 1], ...}`` (channels, stride and pooling window), and
-            ``live``, a `TeacherSpec` as a dict, to run it beside the student instead of reading its cache.
+        teachers: by name what each gives: ``levels``, ``{"P3": [256, 8, 1], ...}`` (channels, stride and pooling window);
+            ``live``, a `TeacherSpec` as a dict, to run it beside the student instead of reading its cache, with ``top_k``
+            positions a level of its dense head; or ``head``, its dense head: ``config``, and ``uri`` and ``fingerprint``
+            of the group that keeps its weights.
         capture: modules of the student whose maps are matched.
         checkpoint: weights of the student to start from.
         inherit_from: a teacher's checkpoint whose neck and heads the student takes over.
@@ -53,14 +55,27 @@ class Distiller(BaseModel):
                 "Switch them off: student.cfg_options: {model.data_preprocessor.batch_augments: null}"
             )
         teachers = teachers or {}
-        live = {name: given["live"] for name, given in teachers.items() if given.get("live")}
-        super().__init__(data_preprocessor=_Preprocessor(detector.data_preprocessor, live))
+        self._needs = {need for mechanism in mechanisms for need in MECHANISMS.get(mechanism["type"]).needs}
+        live = {
+            name: _live(name, given["live"], given.get("top_k", 0))
+            for name, given in teachers.items()
+            if given.get("live")
+        }
+        preprocessor = _Preprocessor(detector.data_preprocessor, live, detect="detections" in self._needs)
+        super().__init__(data_preprocessor=preprocessor)
         self.student = detector
         self.capture = list(capture) if mechanisms else []
         self._checkpoint, self._inherit_from = checkpoint, inherit_from
         self.mechanisms = nn.ModuleDict()
         self._of_teacher: dict[str, dict[str, str]] = {}  # per teacher: the loss's name -> its mechanism's
         self._windows: dict[str, dict[str, int]] = {}
+        # in a dict, as live teachers are: no submodules, always in eval mode, never in a checkpoint
+        self._heads: dict[str, nn.Module] = {}
+        if "head" in self._needs:
+            self._heads = {
+                name: live[name].head if name in live else _kept_head(name, given["head"])
+                for name, given in teachers.items()
+            }
         if not mechanisms:
             return
         ours = measure_levels(self.student, self.capture, "student.capture")
@@ -130,6 +145,7 @@ class Distiller(BaseModel):
             own = [one.map_sizes[level] for one in given]
             ours[level] = pool_student(maps[level], own, self._windows[teacher][level])
             targets[level], valid[level] = assemble(given, level, ours[level].shape[-2:])
+        head = self._heads.get(teacher)
         return Batch(
             maps=ours,
             targets=targets,
@@ -139,6 +155,9 @@ class Distiller(BaseModel):
             student=self.student,
             features=tuple(made["features"]),
             head_outputs=made.get("head"),
+            dense=[one.dense for one in given] if "dense" in self._needs else None,
+            detections=[one.detections for one in given] if "detections" in self._needs else None,
+            teacher_head=None if head is None else head.to(inputs.device),
         )
 
 
@@ -148,13 +167,13 @@ class _Preprocessor(nn.Module):
     Live teachers look at the pixels as they were loaded; features from the cache travel to the device still quantised.
     """
 
-    def __init__(self, student: nn.Module, live_teachers: Mapping[str, dict[str, Any]]) -> None:
+    def __init__(self, student: nn.Module, live_teachers: dict[str, Teacher], *, detect: bool) -> None:
         super().__init__()
         self.student = student
         self.teacher_forwards = 0
         self.damaged_rows = 0
         # a plain dict, so that they are no submodules: they must stay in eval mode and out of the checkpoints
-        self._teachers = {name: _live(name, spec) for name, spec in live_teachers.items()}
+        self._teachers, self._detect = live_teachers, detect
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
         cached: Mapping[str, Sequence[CachedMaps]] = data.pop("teacher_maps", {})
@@ -175,15 +194,30 @@ class _Preprocessor(nn.Module):
         teacher = self._teachers[name]
         teacher.to(self.student.device)
         # one image at a time, padded to its own shape, for a target must not depend on its batch-mates
-        output = teacher([image], detect=False)
+        output = teacher([image], detect=self._detect)
         self.teacher_forwards += 1
-        return LiveMaps({level: maps[0] for level, maps in output.features.items()}, output.map_sizes)
+        return LiveMaps(
+            {level: maps[0] for level, maps in output.features.items()},
+            output.map_sizes,
+            output.dense[0] if output.dense else {},
+            output.detections[0] if self._detect else None,
+        )
 
 
-def _live(name: str, spec: dict[str, Any]) -> Teacher:
+def _live(name: str, spec: dict[str, Any], top_k: int) -> Teacher:
     # the weights that it is built with, before its own are loaded, must not shift the student's random numbers
     with torch.random.fork_rng():
-        return Teacher(TeacherSpec.model_validate(spec), name)
+        return Teacher(TeacherSpec.model_validate(spec), name, top_k=top_k)
+
+
+def _kept_head(teacher: str, kept: dict[str, Any]) -> nn.Module:
+    """A teacher's dense head with the weights that the cache keeps."""
+    storage = open_storage(kept["uri"])
+    weights = read_head(storage, find_group(storage, teacher, kept["fingerprint"]))
+    with torch.random.fork_rng():
+        head = MODELS.build(kept["config"])
+    head.load_state_dict(weights, strict=True)
+    return head.float().eval().requires_grad_(False)
 
 
 def _names(mechanisms: Sequence[dict[str, Any]]) -> list[str]:

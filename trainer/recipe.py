@@ -140,7 +140,8 @@ class TeacherSpec(_Spec):
 
     Attributes:
         capture: modules whose maps are the features, by their names in the detector.
-        levels: which of the captured levels are stored; all by default.
+        levels: which of the captured levels are stored; by default those that the recipe's mechanisms match.
+        top_k: positions a level of which a dense head's outputs are stored, where a mechanism wants them.
         pool: levels stored as averages over windows, ``{P3: 2}`` for windows of 2 x 2; the student's map is averaged alike.
         autocast: dtype of the forward pass; float32 where it is null.
         batch_size: views in one forward pass.
@@ -151,6 +152,7 @@ class TeacherSpec(_Spec):
     cfg_options: dict[str, Any] = {}
     capture: Annotated[tuple[str, ...], Field(min_length=1)] = ("neck",)
     levels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=2**20)] = 512
     pool: dict[str, Annotated[int, Field(ge=2, le=16)]] = {}
     autocast: Literal["bfloat16", "float16"] | None = None
     batch_size: PositiveInt = 1

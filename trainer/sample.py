@@ -80,7 +80,11 @@ def compare_sample(recipe: Recipe, name: str, count: int, device: str = "cpu", s
     members = [member for member in committed if member // views in set(pairs.tolist())][:count]
     spec = recipe.teachers[name]
     computer = UnitComputer(
-        Teacher(spec, name, device), cache.info, recipe.policy, recipe.dataset.train.img_dir, batch_size=1
+        Teacher.of_group(spec, cache.info, device),
+        cache.info,
+        recipe.policy,
+        recipe.dataset.train.img_dir,
+        batch_size=1,
     )
     live, failures = {}, []
     for key, maps, failed in _live_maps(computer, plan, members):

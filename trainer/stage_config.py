@@ -10,6 +10,7 @@ from mmengine.config import Config
 from cache import CorruptShardError, GroupInfo, MissingRowsError, RecipeError, StaleCacheError, find_group, open_storage
 from trainer.annotations import Annotations, read_annotations
 from trainer.config import load_config, nested, plain_dict, set_classes
+from trainer.needs import needs_of
 from trainer.recipe import Recipe, StageSpec
 from trainer.teacher import describe, fingerprint_record
 
@@ -47,7 +48,7 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
         raise RecipeError("dataset: train and val have different categories; give both files the same `categories`.")
     set_classes(cfg.model, len(train.classes))
     infos = [teacher_info(recipe, name) for name in spec.teachers]
-    _set_data(cfg, recipe, train, spec, infos if targets == "cache" else [])
+    _set_data(cfg, recipe, train, stage, infos if targets == "cache" else [])
     _set_schedule(cfg, spec, train, recipe.training.workers)
     _set_model(cfg, recipe, stage, infos, targets)
     cfg.custom_imports = dict(imports=["trainer"], allow_failed_imports=False)
@@ -61,10 +62,13 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
 def teacher_info(recipe: Recipe, name: str) -> GroupInfo:
     """Attributes of the group that holds, or will hold, a teacher's targets for this recipe.
 
-    The detector is built to measure its levels only if the cache has no such group yet.
+    What is stored follows from the recipe's mechanisms; a group that holds more of the same targets serves as well.
     """
     spec = recipe.teachers[name]
-    record = fingerprint_record(spec, name, recipe.policy, recipe.cache.precision)
+    needs = needs_of(recipe, name)
+    record = fingerprint_record(
+        spec, name, recipe.policy, recipe.cache.precision, levels=needs.levels, top_k=needs.top_k, head=needs.head
+    )
     try:
         return find_group(open_storage(recipe.cache.uri), name, record)
     except (MissingRowsError, StaleCacheError, CorruptShardError):
@@ -82,7 +86,7 @@ def student_config(cfg: Config) -> Config:
     return alone
 
 
-def _set_data(cfg: Config, recipe: Recipe, train: Annotations, spec: StageSpec, cached: Sequence[GroupInfo]) -> None:
+def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cached: Sequence[GroupInfo]) -> None:
     dataset = next((d for d in nested(plain_dict(cfg.train_dataloader.dataset)) if "ann_file" in d), None)
     if dataset is None:
         raise RecipeError("student.config: train_dataloader.dataset has no data set with an ann_file.")
@@ -101,7 +105,7 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, spec: StageSpec, 
     pipeline = [kept.get("LoadImageFromFile", dict(type="LoadImageFromFile")), load_annotations, view]
     pipeline += [kept["FilterAnnotations"]] if "FilterAnnotations" in kept else []
     pipeline += [dict(type="PackDetInputs", meta_keys=[*meta, "view"])]
-    pipeline += [_load_targets(recipe, spec, info) for info in cached]
+    pipeline += [_load_targets(recipe, stage, info) for info in cached]
     if cached:
         _suit_loader(cfg, recipe)
     coco = dict(type="CocoDataset", metainfo=dict(classes=train.classes), data_root=None, backend_args=None)
@@ -137,13 +141,18 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, spec: StageSpec, 
         evaluator.ann_file = recipe.dataset.val.ann_file
 
 
-def _load_targets(recipe: Recipe, spec: StageSpec, cached: GroupInfo) -> dict[str, Any]:
+def _load_targets(recipe: Recipe, stage: int, cached: GroupInfo) -> dict[str, Any]:
     """The transform that reads a teacher's targets."""
-    cache = recipe.cache
-    transform = dict(type="LoadTeacherTargets", uri=cache.uri, teacher=cached.teacher, fingerprint=cached.record)
-    if all(mechanism.get("levels") for mechanism in spec.mechanisms):
-        wanted = {level for mechanism in spec.mechanisms for level in mechanism["levels"]}
-        transform["levels"] = [level.name for level in cached.levels if level.name in wanted]
+    cache, needs = recipe.cache, needs_of(recipe, cached.teacher, stage)
+    transform = dict(
+        type="LoadTeacherTargets",
+        uri=cache.uri,
+        teacher=cached.teacher,
+        fingerprint=cached.record,
+        levels=[level.name for level in cached.levels if level.name in needs.levels],
+        dense=needs.top_k > 0,
+        detections=needs.detections,
+    )
     if cache.local_dir is not None:
         transform |= dict(local_dir=cache.local_dir, local_bytes=cache.local_bytes)
     return transform
@@ -199,9 +208,22 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInf
     )
     distiller["teachers"] = {}
     for info in infos:
-        given = dict(levels={level.name: [level.channels, level.stride, level.pool] for level in info.levels})
+        teacher, needs = recipe.teachers[info.teacher], needs_of(recipe, info.teacher, stage)
+        stored = [level for level in info.levels if level.name in needs_of(recipe, info.teacher).levels]
+        given: dict[str, Any] = dict(
+            levels={level.name: [level.channels, level.stride, level.pool] for level in stored}, top_k=needs.top_k
+        )
         if targets == "online":
-            given["live"] = recipe.teachers[info.teacher].model_dump(mode="json")
+            given["live"] = teacher.model_dump(mode="json")
+        elif needs.head:
+            model = plain_dict(
+                load_config(teacher.config, teacher.cfg_options, f"teachers.{info.teacher}.config").model
+            )
+            given["head"] = dict(
+                config=dict(model["bbox_head"], train_cfg=None, test_cfg=model.get("test_cfg")),
+                uri=recipe.cache.uri,
+                fingerprint=info.record,
+            )
         distiller["teachers"][info.teacher] = given
     if stage == 1 and student.inherit:
         distiller["inherit_from"] = recipe.teachers[spec.teachers[0]].checkpoint

@@ -59,6 +59,11 @@ class CachedMaps:
         """The same in pinned memory; torch's DataLoader calls this."""
         return replace(self, buffer=self.buffer.pin_memory())
 
+    @property
+    def dense(self) -> Mapping[str, DenseLevel]:
+        """Per level the dense outputs, on the device of the buffer."""
+        return self.layout.dense(self.buffer)
+
     def level(self, name: str) -> Tensor:
         """A level's map, dequantised on the device of the buffer."""
         scales = self.layout.scales(self.buffer)

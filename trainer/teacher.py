@@ -11,14 +11,30 @@ from mmdet.structures import DetDataSample
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from cache import FORMAT_VERSION, Compression, Detections, GroupInfo, Level, TeacherLoadError, ViewPolicy, pool
-from trainer.capture import captured, flatten, measure_levels
-from trainer.checkpoint import load_strict, sha256
+from cache import (
+    FORMAT_VERSION,
+    Compression,
+    DenseLevel,
+    DenseSpec,
+    Detections,
+    GroupInfo,
+    Level,
+    TeacherLoadError,
+    ViewPolicy,
+    head_digest,
+    level_name,
+    pack_head,
+    pool,
+)
+from trainer.capture import captured, flatten, measure_levels, recorded
+from trainer.checkpoint import load_strict, read_weights, sha256
 from trainer.config import load_config, plain
+from trainer.dense import check_dense, dense_outputs, dense_shape, strides
 from trainer.recipe import TeacherSpec
 
 # keys of a detector's config that decide how it is trained or initialised, not what it computes
 _NO_EFFECT = frozenset({"init_cfg", "pretrained", "train_cfg"})
+_HEAD = "bbox_head."
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,11 +46,13 @@ class TeacherOutput:
         features: per level (N, C, h, w), floating point, on the teacher's device; pooled where the recipe says so.
         detections: one per image, boxes in pixels of the images given; empty if they were not asked for.
         map_sizes: per level rows and columns before pooling.
+        dense: per image and level the dense head's outputs at its best positions; empty if they were not asked for.
     """
 
     features: dict[str, Tensor]
     detections: list[Detections]
     map_sizes: dict[str, tuple[int, int]]
+    dense: list[dict[str, DenseLevel]]
 
 
 class Teacher:
@@ -44,13 +62,23 @@ class Teacher:
         spec: config, checkpoint, captured modules, levels, autocast.
         name: the teacher's name in the recipe, for errors.
         device: where it runs.
+        levels: the levels that it gives; by default those that the recipe's entry names, or all.
+        top_k: positions a level of the dense head's outputs that it gives; 0 for none.
 
     Raises:
-        RecipeError: the config cannot be read.
+        RecipeError: the config cannot be read, or dense outputs are asked of a detector without a dense head.
         TeacherLoadError: the checkpoint does not fit, or a captured module is no feature map.
     """
 
-    def __init__(self, spec: TeacherSpec, name: str, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        spec: TeacherSpec,
+        name: str,
+        device: torch.device | str = "cpu",
+        *,
+        levels: Sequence[Level] | None = None,
+        top_k: int = 0,
+    ) -> None:
         self._key = f"teachers.{name}"
         self._spec = spec
         self.device = torch.device(device)
@@ -58,7 +86,24 @@ class Teacher:
         load_strict(model, spec.checkpoint, f"{self._key}.checkpoint")
         self._model = model.float().to(self.device).eval().requires_grad_(False)
         self._all_levels = measure_levels(self._model, spec.capture, f"{self._key}.capture")
-        self.levels = select_levels(self._all_levels, spec, self._key)
+        self.levels = select_levels(self._all_levels, spec, self._key) if levels is None else tuple(levels)
+        self._top_k = top_k
+        if top_k:
+            dense_head(self._model, self._key)
+
+    @classmethod
+    def of_group(cls, spec: TeacherSpec, info: GroupInfo, device: torch.device | str = "cpu") -> "Teacher":
+        """A teacher that gives what a group of the cache stores."""
+        return cls(spec, info.teacher, device, levels=info.levels, top_k=max((d.top_k for d in info.dense), default=0))
+
+    @property
+    def head(self) -> nn.Module:
+        """The dense head, frozen.
+
+        Raises:
+            RecipeError: it has none.
+        """
+        return dense_head(self._model, self._key)
 
     def to(self, device: torch.device) -> None:
         """Move to another device; nothing happens if it is there."""
@@ -83,9 +128,11 @@ class Teacher:
         autocast = torch.autocast(
             self.device.type, _DTYPES.get(self._spec.autocast or ""), enabled=self._spec.autocast is not None
         )
-        with autocast, captured(self._model, self._spec.capture, self._key) as outputs:
+        with autocast, captured(self._model, self._spec.capture, self._key) as outputs, recorded(self._model) as made:
             if detect:
                 samples = self._model.predict(inputs, samples, rescale=False)
+            elif self._top_k:
+                self._model.bbox_head(self._model.extract_feat(inputs))
             else:
                 self._model.extract_feat(inputs)
         maps = flatten(outputs, self._spec.capture, f"{self._key}.capture")
@@ -99,7 +146,22 @@ class Teacher:
             if level.name in stored:
                 features[level.name] = pool(feature_map.float(), stored[level.name].pool)
         found = [_detections(sample) for sample in samples] if detect else []
-        return TeacherOutput(features, found, {level.name: level.map_size(*inputs.shape[-2:]) for level in self.levels})
+        sizes = {level.name: level.map_size(*inputs.shape[-2:]) for level in self.levels}
+        dense = dense_outputs(self.head, made["head"], self._top_k) if self._top_k else []
+        return TeacherOutput(
+            features, found, sizes, [{level_name(stride): d for stride, d in of_image.items()} for of_image in dense]
+        )
+
+
+def dense_head(model: nn.Module, key: str) -> nn.Module:
+    """A detector's dense head.
+
+    Raises:
+        RecipeError: it has none of a known family.
+    """
+    head = getattr(model, "bbox_head", None)
+    check_dense(head, key)
+    return head
 
 
 def build_model(spec: TeacherSpec, name: str) -> nn.Module:
@@ -127,19 +189,36 @@ def select_levels(levels: Sequence[Level], spec: TeacherSpec, key: str) -> tuple
     return tuple(replace(known[name], pool=spec.pool.get(name, 1)) for name in stored)
 
 
-def fingerprint_record(spec: TeacherSpec, name: str, policy: ViewPolicy, precision: str) -> dict[str, Any]:
-    """All that decides the value of a target, as plain JSON."""
+def fingerprint_record(
+    spec: TeacherSpec,
+    name: str,
+    policy: ViewPolicy,
+    precision: str,
+    *,
+    levels: Sequence[str] | None = None,
+    top_k: int = 0,
+    head: bool = False,
+) -> dict[str, Any]:
+    """All that decides the value of a target, and what is stored, as plain JSON.
+
+    Args:
+        levels: stored levels, by default those that the recipe's entry names.
+        top_k, head: positions a level of dense outputs that are stored, and whether the head's weights are.
+    """
     config = load_config(spec.config, spec.cfg_options, f"teachers.{name}.config")
+    chosen = spec.levels if levels is None else levels
     return {
         "format_version": FORMAT_VERSION,
         "model": plain(config.model, _NO_EFFECT),
         "checkpoint_sha256": sha256(spec.checkpoint),
         "capture": list(spec.capture),
-        "levels": None if spec.levels is None else list(spec.levels),
+        "levels": None if chosen is None else list(chosen),
         "pool": dict(sorted(spec.pool.items())),
         "autocast": spec.autocast,
         "views": policy.to_json(),
         "precision": precision,
+        **({"dense": top_k} if top_k else {}),
+        **({"head": True} if head else {}),
     }
 
 
@@ -148,8 +227,27 @@ def describe(spec: TeacherSpec, name: str, record: dict[str, Any], compression: 
     model = build_model(spec, name).eval()
     levels = measure_levels(model, spec.capture, f"teachers.{name}.capture")
     divisor = getattr(model.data_preprocessor, "pad_size_divisor", 1)
+    chosen = record.get("levels")
+    spec = spec if chosen is None else spec.model_copy(update={"levels": tuple(chosen)})
     levels = select_levels(levels, spec, f"teachers.{name}")
-    return GroupInfo(name, record, levels, record["precision"], divisor, compression)
+    dense: tuple[DenseSpec, ...] = ()
+    if top_k := record.get("dense"):
+        anchors, classes, terms = dense_shape(head := dense_head(model, f"teachers.{name}"))
+        dense = tuple(DenseSpec(level_name(s), s, anchors, classes, terms, top_k) for s in strides(head))
+    kept = head_digest(head_file(spec, name)) if record.get("head") else None
+    return GroupInfo(name, record, levels, record["precision"], divisor, compression, dense=dense, head=kept)
+
+
+def head_file(spec: TeacherSpec, name: str) -> bytes:
+    """The file that keeps a teacher's dense head's weights beside its targets.
+
+    Raises:
+        RecipeError: it has no dense head.
+        TeacherLoadError: its checkpoint cannot be read.
+    """
+    dense_head(build_model(spec, name), f"teachers.{name}")
+    weights = read_weights(spec.checkpoint, f"teachers.{name}.checkpoint")
+    return pack_head({k.removeprefix(_HEAD): v for k, v in weights.items() if k.startswith(_HEAD)})
 
 
 def _sample(image: Tensor) -> DetDataSample:

@@ -52,6 +52,7 @@ class LoadTeacherTargets(BaseTransform):
         teacher: the teacher's name.
         fingerprint: the fingerprint record that is wanted; anything else is refused.
         levels: levels to read; all by default.
+        dense, detections: read the dense head's outputs, the detections.
         local_dir, local_bytes: see `TeacherCache.open`.
     """
 
@@ -61,12 +62,21 @@ class LoadTeacherTargets(BaseTransform):
         teacher: str,
         fingerprint: dict[str, Any] | None = None,
         levels: list[str] | None = None,
+        dense: bool = False,
+        detections: bool = False,
         local_dir: str | None = None,
         local_bytes: int | None = None,
     ) -> None:
         self.cache = TeacherCache.open(
-            uri, teacher, fingerprint=fingerprint, levels=levels, local_dir=local_dir, local_bytes=local_bytes
+            uri,
+            teacher,
+            fingerprint=fingerprint,
+            levels=levels,
+            dense=dense,
+            local_dir=local_dir,
+            local_bytes=local_bytes,
         )
+        self._detections = detections
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Read one row.
@@ -79,5 +89,5 @@ class LoadTeacherTargets(BaseTransform):
         sample = results["data_samples"]
         # a copy: a view would drag its whole shard along when a loader's worker hands it over
         targets = self.cache[sample.img_id, sample.view].copy()
-        maps = CachedMaps(targets.buffer, targets.layout)
+        maps = CachedMaps(targets.buffer, targets.layout, targets.detections if self._detections else None)
         return {**results, "teacher_maps": {**results.get("teacher_maps", {}), self.cache.info.teacher: maps}}

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from cache import (
+    DenseArrays,
     Detections,
     GroupInfo,
     Images,
@@ -67,9 +68,22 @@ def targets(group: GroupInfo, unit: Unit, skip: Iterable[int] = ()) -> list[RowT
                 {n: float(e.snr[0]) for n, e in encoded.items()},
                 detections,
                 row.image_id % 2**32,
+                dense(group, row.image_id, row.view, height, width),
             )
         )
     return result
+
+
+def dense(group: GroupInfo, image_id: int, view: int, height: int, width: int) -> dict[str, DenseArrays]:
+    rng = np.random.default_rng((image_id, view))
+    return {
+        d.name: {
+            "index": rng.permutation(10_000)[: d.stored(height, width)].astype(np.int32),
+            "logits": rng.normal(size=(d.stored(height, width), d.classes)).astype(np.float16),
+            "terms": rng.normal(size=(d.stored(height, width), d.terms)).astype(np.float16),
+        }
+        for d in group.dense
+    }
 
 
 def plan(storage: Storage, group: GroupInfo, wanted: Images, unit_rows: int | None = 4) -> Plan:

@@ -1,7 +1,7 @@
 """A precompute in this process, without ray: the same units, the same computation, the same writer."""
 
-from cache import Lease, compact, load_index, make_plan, open_storage, prepare, write_unit
-from trainer import Recipe, Teacher, UnitComputer, read_annotations, teacher_info
+from cache import Lease, compact, load_index, make_plan, open_storage, prepare, write_head, write_unit
+from trainer import Recipe, Teacher, UnitComputer, head_file, read_annotations, teacher_info
 
 
 def fill(recipe: Recipe, name: str) -> list:
@@ -18,7 +18,11 @@ def fill(recipe: Recipe, name: str) -> list:
             unit_rows=recipe.cache.unit_rows,
         )
         prepare(storage, plan)
-        computer = UnitComputer(Teacher(spec, name), info, recipe.policy, recipe.dataset.train.img_dir, spec.batch_size)
+        if info.head is not None:
+            write_head(storage, info, head_file(spec, name))
+        computer = UnitComputer(
+            Teacher.of_group(spec, info), info, recipe.policy, recipe.dataset.train.img_dir, spec.batch_size
+        )
         for unit in plan.units():
             targets, failed = computer.run(unit)
             failures += failed

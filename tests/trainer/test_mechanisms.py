@@ -1,4 +1,4 @@
-"""Each mechanism against a computation that loops over images and knows no masks."""
+"""Feature matching, MGD and PKD against computations that loop over images and know no masks; pairing and checking."""
 
 import pytest
 import torch
@@ -63,14 +63,6 @@ def test_pkd_is_one_minus_pearsons_r_of_the_own_maps() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_pkd_of_a_constant_channel_has_finite_gradients() -> None:
-    student, teacher, valid = batch()
-    student["P3"] = torch.zeros_like(student["P3"], requires_grad=True)
-    PKDLoss(LEVELS, LEVELS)(Batch(student, teacher, valid)).backward()
-    assert student["P3"].grad is not None
-    assert torch.isfinite(student["P3"].grad).all()
-
-
 def test_mgd_of_a_mixed_batch_is_that_of_each_image_alone() -> None:
     student, teacher, valid = batch()
     mechanism = MGDLoss(LEVELS, LEVELS, loss_weight=0.5, mask_ratio=0.0)
@@ -93,31 +85,6 @@ def test_mgd_hides_the_asked_share_of_positions_in_all_channels_at_once() -> Non
     assert abs(hidden.float().mean().item() - 0.65) < 0.03
 
 
-@pytest.mark.parametrize("mechanism", [FeatureMatchingLoss, PKDLoss, MGDLoss])
-def test_what_lies_in_the_padding_never_matters(mechanism) -> None:
-    student, teacher, valid = batch()
-    built = mechanism(LEVELS, LEVELS, **({"mask_ratio": 0.0} if mechanism is MGDLoss else {}))
-    before = built(Batch(student, teacher, valid))
-    noisy = {"P3": torch.where(valid["P3"], student["P3"], torch.full_like(student["P3"], 77.0))}
-    torch.testing.assert_close(built(Batch(noisy, teacher, valid)), before)
-
-
-@pytest.mark.parametrize("mechanism", [FeatureMatchingLoss, PKDLoss, MGDLoss])
-def test_other_channels_get_an_adapter_that_learns(mechanism) -> None:
-    student, teacher, valid = batch(channels=4)
-    torch.manual_seed(0)
-    built = mechanism(
-        (Level("P3", 4, 8),), LEVELS, loss_weight=1.0, **({"mask_ratio": 0.0} if mechanism is MGDLoss else {})
-    )
-    optimizer = torch.optim.SGD(built.parameters(), 0.002)
-    first = built(Batch(student, teacher, valid))
-    for _ in range(20):
-        optimizer.zero_grad()
-        built(Batch(student, teacher, valid)).backward()
-        optimizer.step()
-    assert built(Batch(student, teacher, valid)) < first
-
-
 def test_levels_are_paired_by_stride_not_by_place() -> None:
     student = tuple(Level(f"P{k}", C, 2**k) for k in (3, 4, 5, 6, 7))
     teacher = tuple(Level(f"P{k}", C, 2**k) for k in (2, 3, 4, 5))
@@ -131,7 +98,7 @@ def test_levels_are_paired_by_stride_not_by_place() -> None:
 
 def test_a_mechanism_is_checked_by_name_and_arguments() -> None:
     check_mechanism({"type": "PKDLoss", "loss_weight": 6.0})
-    with pytest.raises(ValueError, match="'PKD' is not a mechanism; there are FeatureMatchingLoss, MGDLoss, PKDLoss"):
+    with pytest.raises(ValueError, match=r"'PKD' is not a mechanism; there are CWDLoss, .*PKDLoss"):
         check_mechanism({"type": "PKD"})
     with pytest.raises(ValueError, match="no argument 'weight'; it has loss_weight, levels"):
         check_mechanism({"type": "PKDLoss", "weight": 6.0})

@@ -45,18 +45,17 @@ def losses(recipe, stage: int, source: str, steps: int) -> list[dict[str, float]
 
 
 @pytest.mark.parametrize(
-    ("mechanism", "pool", "compression"),
+    ("mechanisms", "pool", "compression"),
     [
-        ("FeatureMatchingLoss", {}, "none"),
-        ("PKDLoss", {}, "none"),
-        ("MGDLoss", {}, "none"),
-        ("FeatureMatchingLoss", {"P3": 2}, "zstd"),
+        ("FeatureMatchingLoss PKDLoss MGDLoss CWDLoss FGDLoss FBKDLoss", {}, "none"),
+        ("FeatureMatchingLoss FGDLoss", {"P3": 2}, "zstd"),
     ],
 )
 def test_cached_and_online_losses_agree_on_mixed_shapes(
-    data: Path, tmp_path: Path, mechanism: str, pool: dict[str, int], compression: str
+    data: Path, tmp_path: Path, mechanisms: str, pool: dict[str, int], compression: str
 ) -> None:
-    stages = [{"teacher": "swin", "mechanisms": [{"type": mechanism, "loss_weight": 0.01}], "epochs": 1}]
+    specs = [{"type": name, "loss_weight": 0.01} for name in mechanisms.split()]
+    stages = [{"teacher": "swin", "mechanisms": specs, "epochs": 1}]
     content = models.recipe(data, tmp_path, stages=stages)
     content["teachers"]["swin"]["pool"] = pool
     content["cache"]["compression"] = compression
@@ -65,11 +64,13 @@ def test_cached_and_online_losses_agree_on_mixed_shapes(
     cached, online = (losses(recipe, 1, source, 4) for source in ("cache", "online"))
     for step, (a, b) in enumerate(zip(cached, online, strict=True)):
         assert a.keys() == b.keys()
-        assert f"loss_{mechanism}" in a
         for key in a:
             assert a[key] == pytest.approx(b[key], rel=TOLERANCE), f"step {step}: {key}"
-    # the control: the losses of another view would not pass
-    assert cached[0][f"loss_{mechanism}"] != pytest.approx(cached[1][f"loss_{mechanism}"], rel=TOLERANCE)
+        # each mechanism's loss joins the student's own
+        assert a["loss"] == pytest.approx(sum(value for key, value in a.items() if key.startswith("loss_")), rel=1e-5)
+    for name in mechanisms.split():
+        # the control: the losses of another view would not pass
+        assert cached[0][f"loss_{name}"] != pytest.approx(cached[1][f"loss_{name}"], rel=TOLERANCE)
 
 
 @pytest.fixture(scope="module")

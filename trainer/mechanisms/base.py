@@ -115,11 +115,19 @@ class LevelMechanism(Mechanism):
         """The unweighted loss of one level, a scalar."""
         raise NotImplementedError
 
-    def adapters(self) -> nn.ModuleDict:
-        """A 1x1 convolution for every level on which the channels differ, the identity on the others."""
+    def adapters(self, *, by_stride: bool = False) -> nn.ModuleDict:
+        """A 1x1 convolution for every level on which the channels differ, the identity on the others.
+
+        Args:
+            by_stride: a convolution also where the strides, in pixels of the view, differ: the student's input is reduced.
+        """
+        same = {
+            name: s.channels == t.channels and (s.stride == t.stride or not by_stride)
+            for name, (s, t) in self.pairs.items()
+        }
         return nn.ModuleDict(
             {
-                name: nn.Identity() if s.channels == t.channels else nn.Conv2d(s.channels, t.channels, 1)
+                name: nn.Identity() if same[name] else nn.Conv2d(s.channels, t.channels, 1)
                 for name, (s, t) in self.pairs.items()
             }
         )
@@ -130,11 +138,36 @@ def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
     return (values * valid).sum() / (valid.sum() * values.shape[1])
 
 
-def fit(student: Tensor, teacher: Tensor) -> Tensor:
-    """The student's map at the teacher's size, bilinear where they differ (align_corners=False, as mmrazor)."""
-    if student.shape[-2:] == teacher.shape[-2:]:
+def moments(maps: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance (1, C, 1, 1) of each channel of (N, C, H, W) over the batch's valid positions."""
+    count = valid.sum()
+    mean = (maps * valid).sum(dim=(0, 2, 3), keepdim=True) / count
+    variance = ((maps - mean).square() * valid).sum(dim=(0, 2, 3), keepdim=True) / count
+    return mean, variance
+
+
+def position_softmax(values: Tensor, valid: Tensor) -> Tensor:
+    """Softmax of each map (N, C, H, W) over its image's valid positions; zero at the others."""
+    return values.masked_fill(~valid, -torch.inf).flatten(2).softmax(dim=2).view_as(values)
+
+
+def fit(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """The student's map at the teacher's size, bilinear where they differ (align_corners=False, as mmrazor).
+
+    Only positions of each image's own map are mixed, so that what the student has in the padding cannot reach the edge.
+
+    Args:
+        student: (N, C, H, W).
+        teacher: (N, C_t, H', W').
+        valid: (N, 1, H', W') bool.
+    """
+    size = student.shape[-2:]
+    if size == teacher.shape[-2:]:
         return student
-    return F.interpolate(student, teacher.shape[-2:], mode="bilinear", align_corners=False)
+    inside = F.interpolate(valid.to(student.dtype), size, mode="nearest")
+    both = torch.cat([student * inside, inside], dim=1)
+    resized = F.interpolate(both, teacher.shape[-2:], mode="bilinear", align_corners=False)
+    return resized[:, :-1] / resized[:, -1:].clamp(min=1e-6)
 
 
 def check_mechanism(spec: Mapping[str, Any]) -> None:

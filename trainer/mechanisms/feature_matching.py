@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cache import Level
-from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit, masked_mean
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit, masked_mean, moments
 
 
 @MECHANISMS.register_module()
 class FeatureMatchingLoss(LevelMechanism):
     """``loss_weight * sum over levels of mean (r(S) - T)^2``, the mean over channels and valid positions.
 
-    r is the identity where the channels agree (homogeneous), else a learnable 1x1 convolution (heterogeneous). Form from
-    MTPD (Cao et al., ICML 2023); weight, reduction and interpolation of the paper are unknown, these are ours.
+    r is the identity where channels and strides agree (homogeneous), else a learnable 1x1 convolution, and bilinear
+    enlargement where the student sees a reduced input (heterogeneous). Form from MTPD (Cao et al., ICML 2023), recalled;
+    weight, reduction and interpolation of the paper are unknown, these are ours.
 
     Args:
         normalize: divide each channel's error by the variance of the teacher's channel over the batch's valid
@@ -32,13 +33,11 @@ class FeatureMatchingLoss(LevelMechanism):
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight, levels=levels)
         self.normalize = normalize
-        self.align = self.adapters()
+        self.align = self.adapters(by_stride=True)
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
-        error = (fit(self.align[level](student), teacher) - teacher).square()
+        error = (fit(self.align[level](student), teacher, valid) - teacher).square()
         if self.normalize:
-            count = valid.sum()
-            mean = (teacher * valid).sum(dim=(0, 2, 3), keepdim=True) / count
-            variance = ((teacher - mean).square() * valid).sum(dim=(0, 2, 3), keepdim=True) / count
+            _, variance = moments(teacher, valid)
             error = error / (variance + 1e-6)
         return masked_mean(error, valid)

@@ -20,7 +20,7 @@ class MGDLoss(LevelMechanism):
     batch is padded.
 
     Args:
-        loss_weight: alpha; 2e-5 for one-stage detectors, 5e-7 for two-stage ones.
+        loss_weight: alpha; 2e-5 for one-stage detectors, 5e-7 for two-stage ones. The maps' magnitude counts: a sum of squares.
         mask_ratio: lambda; 0.65 for one-stage detectors, 0.45 for two-stage ones.
     """
 
@@ -44,7 +44,7 @@ class MGDLoss(LevelMechanism):
         )
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
-        student = fit(self.align[level](student), teacher)
+        student = fit(self.align[level](student), teacher, valid)
         kept = torch.rand_like(student[:, :1]) <= 1 - self.mask_ratio
         first, second = self.generation[level]
         hidden = first(student * (kept & valid)).relu() * valid

@@ -1,0 +1,133 @@
+"""What a recipe stores follows from its mechanisms, and reaches them alike from the cache and from a live teacher."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.runner import Runner
+from torch import Tensor
+
+from cache import RecipeError, TeacherCache
+from tests import models
+from tests.trainer import precompute
+from trainer import Batch, needs_of, parse_recipe, stage_config
+from trainer.mechanisms import MECHANISMS, Mechanism
+from trainer.stage_config import teacher_info
+
+SEEN: list[Batch] = []
+
+
+@MECHANISMS.register_module()
+class ProbeLoss(Mechanism):
+    """Wants everything, and keeps what it is given."""
+
+    needs = frozenset({"features", "dense", "detections", "head"})
+
+    def __init__(self, student, teacher, *, loss_weight: float = 1.0) -> None:
+        super().__init__(student, teacher, loss_weight=loss_weight)
+        self.pairs = {"P4": (student[1], teacher[1])}
+
+    def loss(self, batch: Batch) -> Tensor:
+        SEEN.append(batch)
+        return batch.maps["P4"].square().mean()
+
+
+def stages(*mechanisms: dict, teacher: str | list[str] = "mask") -> list[dict]:
+    return [{"teacher": teacher, "mechanisms": list(mechanisms), "epochs": 1}]
+
+
+@pytest.fixture
+def content(data: Path, tmp_path: Path) -> dict:
+    content = models.recipe(data, tmp_path)
+    content["teachers"]["mask"] = models.teacher("mask-rcnn-swin", data)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("mechanisms", "levels"),
+    [
+        ([{"type": "PKDLoss"}], ["P3", "P4", "P5", "P6"]),  # not P2, three quarters of the teacher's bytes
+        ([{"type": "PKDLoss", "levels": ["P4"]}, {"type": "MGDLoss", "levels": ["P3"]}], ["P3", "P4"]),
+        ([{"type": "PKDLoss", "levels": ["P4"]}, {"type": "MGDLoss"}], ["P3", "P4", "P5", "P6"]),
+    ],
+)
+def test_the_levels_that_the_mechanisms_match_are_stored_and_no_others(content, mechanisms, levels) -> None:
+    recipe = parse_recipe({**content, "stages": stages(*mechanisms)}, "test")
+    assert list(needs_of(recipe, "mask").levels) == levels
+    assert [level.name for level in teacher_info(recipe, "mask").levels] == levels
+
+
+def test_what_a_larger_recipe_stored_serves_a_smaller_one(content) -> None:
+    larger = parse_recipe({**content, "stages": stages({"type": "PKDLoss"})}, "test")
+    smaller = parse_recipe({**content, "stages": stages({"type": "PKDLoss", "levels": ["P5"]})}, "test")
+    assert teacher_info(larger, "mask").digest != teacher_info(smaller, "mask").digest
+    precompute.fill(larger, "mask")
+    assert teacher_info(smaller, "mask").digest == teacher_info(larger, "mask").digest
+    assert precompute.fill(smaller, "mask") == []
+    assert len(list(Path(smaller.cache.uri).glob("mask-*"))) == 1
+    cfg = stage_config(smaller, 1)
+    assert cfg.train_dataloader.dataset.dataset.pipeline[-1].levels == ["P5"]
+
+
+def step(recipe, source: str) -> tuple[Batch, dict]:
+    cfg = stage_config(recipe, 1, source)
+    cfg.work_dir = f"{recipe.work_dir}-{source}"
+    runner = Runner.from_cfg(cfg)
+    runner.model.train()
+    torch.manual_seed(0)
+    data = next(iter(runner.build_dataloader(cfg.train_dataloader, seed=0)))
+    runner.model(**runner.model.data_preprocessor(data, True), mode="loss")
+    return SEEN.pop(), runner.model.state_dict()
+
+
+def test_dense_outputs_detections_and_head_are_the_same_from_cache_and_live_teacher(content, data: Path) -> None:
+    content["stages"] = stages({"type": "ProbeLoss"}, teacher="small")
+    content["teachers"]["small"]["top_k"] = 40
+    recipe = parse_recipe(content, "test")
+    assert precompute.fill(recipe, "small") == []
+    info = teacher_info(recipe, "small")
+    assert {d.name: (d.anchors, d.classes, d.terms) for d in info.dense} == {f"P{k}": (9, 6, 4) for k in range(3, 8)}
+    (cached, kept), (online, _) = (step(recipe, source) for source in ("cache", "online"))
+    assert not any("teacher" in name or "live" in name for name in kept)
+    for ours, theirs in zip(cached.dense, online.dense, strict=True):
+        assert ours.keys() == theirs.keys() == {"P3", "P4", "P5", "P6", "P7"}
+        for level, of in ours.items():
+            assert torch.equal(of.indices, theirs[level].indices)
+            torch.testing.assert_close(of.logits, theirs[level].logits, rtol=2e-3, atol=1e-3)
+            torch.testing.assert_close(of.terms, theirs[level].terms, rtol=2e-3, atol=1e-3)
+    assert all((a.boxes == b.boxes).all() for a, b in zip(cached.detections, online.detections, strict=True))
+    maps = [torch.rand(1, 16, 8, 8)] * 5
+    for ours, theirs in zip(cached.teacher_head(maps), online.teacher_head(maps), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    # a mechanism on maps alone reads the same group, and none of the rest
+    content["stages"] = stages({"type": "PKDLoss"}, teacher="small")
+    alone = stage_config(parse_recipe(content, "test"), 1).train_dataloader.dataset.dataset.pipeline[-1]
+    assert (alone.dense, alone.detections, alone.fingerprint) == (False, False, info.record)
+    assert len(TeacherCache.open(recipe.cache.uri, "small")) == 40
+
+
+def test_a_teacher_without_a_dense_head_is_refused_where_one_is_wanted(content) -> None:
+    recipe = parse_recipe({**content, "stages": stages({"type": "ProbeLoss"})}, "test")
+    with pytest.raises(RecipeError, match=r"teachers\.mask: dense outputs are those of .* has no dense head"):
+        teacher_info(recipe, "mask")
+
+
+def test_an_ensemble_averages_its_teachers_losses(content, data: Path) -> None:
+    losses = {}
+    for names in (["small"], ["swin"], ["small", "swin"]):
+        content["stages"] = stages({"type": "PKDLoss"}, teacher=names if len(names) > 1 else names[0])
+        content["work_dir"] = f"{content['work_dir']}-{len(losses)}"
+        recipe = parse_recipe(content, "test")
+        for name in names:
+            precompute.fill(recipe, name)
+        runner = Runner.from_cfg(stage_config(recipe, 1))
+        torch.manual_seed(0)
+        runner.model.init_weights()
+        runner.model.train()
+        item = next(iter(runner.build_dataloader(runner.cfg.train_dataloader, seed=0)))
+        given = runner.model(**runner.model.data_preprocessor(item, True), mode="loss")
+        losses["+".join(names)] = {key: float(v) for key, v in given.items() if "PKD" in key}
+    both = losses["small+swin"]
+    assert set(both) == {"loss_PKDLoss_small", "loss_PKDLoss_swin"}
+    for name in ("small", "swin"):
+        assert both[f"loss_PKDLoss_{name}"] == pytest.approx(losses[name]["loss_PKDLoss"] / 2, rel=1e-4)
