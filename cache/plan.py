@@ -119,7 +119,7 @@ class Plan:
     Attributes:
         info: the group's attributes.
         buckets: every bucket, the largest first.
-        total: rows that the data set and the view policy ask for.
+        total: rows that are wanted; all that the data set and the view policy ask for, unless it is a plan for some.
         images, policy: what the plan was made for.
     """
 
@@ -227,6 +227,7 @@ def make_plan(
     *,
     committed: Index | None = None,
     unit_rows: int | None = None,
+    wanted: npt.NDArray[np.bool_] | None = None,
 ) -> Plan:
     """Give every row that is wanted and not committed a place.
 
@@ -238,6 +239,7 @@ def make_plan(
         committed: the manifest's index, if the group exists.
         unit_rows: rows of a full unit in buckets of which nothing is committed; by default as many as make about 128 MiB,
             at most 256. Where rows are committed the size of a unit is fixed.
+        wanted: (n, views), the rows to compute; by default all. A later plan for more goes on behind them.
 
     Raises:
         StaleCacheError: a committed row belongs to another image of the same id.
@@ -252,6 +254,8 @@ def make_plan(
     del keys
     if committed is not None:
         codes[committed.committed(images.ids, len(policy)).ravel()] = names.size
+    if wanted is not None:
+        codes[~wanted.ravel()] = names.size
     # a stable sort keeps the order of (image, view) inside each bucket; the committed rows come last
     order = np.argsort(codes.astype(np.int32), kind="stable")
     bounds = np.cumsum(np.bincount(codes, minlength=names.size + 1))
@@ -264,10 +268,12 @@ def make_plan(
         free = _first_free(taken, members.size)
         slots = fixed.get(name) or unit_rows or _default_slots(info, name)
         rows = int(max(taken.max(initial=-1), free.max(initial=-1))) + 1
+        if rows == 0:
+            continue  # nothing of it is wanted
         buckets.append((count, Bucket(name, rows, slots, members.size)))
         todo[name] = (members, free)
     ordered = tuple(bucket for _, bucket in sorted(buckets, key=lambda pair: (-pair[0], pair[1].name)))
-    total = images.ids.size * len(policy)
+    total = images.ids.size * len(policy) if wanted is None else int(wanted.sum())
     return Plan(info, ordered, total, images, policy, sources, todo, occupied)
 
 

@@ -10,6 +10,7 @@ from cache import RecipeError
 from services import cluster
 from services.precompute import fill, plan_teacher, used_teachers
 from services.present import duration, say, size, table
+from services.report import write_report
 from services.train import ap, train
 from trainer import Recipe, StageResult, generate, parse_recipe
 
@@ -51,6 +52,7 @@ def run(work_dir: Path) -> None:
         f"  running the teachers beside the students would have made {used:,}: {used - made:,} saved ({1 - made / used:.0%})"
     )
     say(f"cache: {size(sum(result.stored_bytes for result in fills))} in {progressive.cache.uri}")
+    say(f"report: {write_report(work_dir)}")
     say(f"the demo took {duration(time.monotonic() - started)}; everything is in {work_dir}")
 
 

@@ -70,6 +70,17 @@ def set_classes(model: dict[str, Any], classes: int) -> list[int]:
     return replaced
 
 
+def class_options(model: Any, classes: int, key: str = "model") -> dict[str, int]:
+    """What `set_classes` would set in a detector's config, as overrides by dotted key."""
+    options = {}
+    for name, part in model.items() if isinstance(model, dict) else enumerate(model):
+        if name == "num_classes":
+            options[f"{key}.{name}"] = classes
+        elif isinstance(part, dict | list):
+            options |= class_options(part, classes, f"{key}.{name}")
+    return options
+
+
 def plain(value: Any, drop: frozenset[str] = frozenset()) -> Any:
     """A config as plain JSON: tuples become lists, classes their names; keys in ``drop`` are left out at any depth."""
     if isinstance(value, Mapping):

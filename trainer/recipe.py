@@ -1,6 +1,6 @@
 """The recipe's schema. Everything that can be known to be wrong is refused here, before anything runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,6 +53,14 @@ def _mechanism(value: Any) -> Any:
 
 def _scales(value: Any) -> Any:
     return [value] if isinstance(value, list) and value and not isinstance(value[0], list) else value
+
+
+def _stages(value: Any) -> Any:
+    if value == "auto":
+        return ()
+    if isinstance(value, list | tuple) and not value:
+        raise ValueError("at least one stage, or auto")
+    return value
 
 
 ExistingFile = Annotated[str, BeforeValidator(_existing_file)]
@@ -145,6 +153,8 @@ class TeacherSpec(_Spec):
         pool: levels stored as averages over windows, ``{P3: 2}`` for windows of 2 x 2; the student's map is averaged alike.
         autocast: dtype of the forward pass; float32 where it is null.
         batch_size: views in one forward pass.
+        ap: box AP in points on the val set, for the order of teachers. By default the teacher is evaluated, which needs
+            heads of the data set's classes; what is given here is believed.
     """
 
     config: ConfigName
@@ -156,6 +166,7 @@ class TeacherSpec(_Spec):
     pool: dict[str, Annotated[int, Field(ge=2, le=16)]] = {}
     autocast: Literal["bfloat16", "float16"] | None = None
     batch_size: PositiveInt = 1
+    ap: Annotated[float, Field(ge=0, le=100)] | None = None
 
 
 class StudentSpec(_Spec):
@@ -205,6 +216,27 @@ class StageSpec(_Spec):
         return " + ".join(self.teachers) or "no teacher"
 
 
+class OrderSpec(_Spec):
+    """How the order of teachers is found, and the stages that ``stages: auto`` makes of it.
+
+    Attributes:
+        images: images whose features are compared, each in one view; half of them to fit on, half to score on.
+        max_teachers: the longest sequence.
+        ridge: penalty of the regression, in units of the mean variance of a channel.
+        positions: drawn of each level of each image; null takes all.
+        seed: of the draw of images and positions.
+        mechanisms, epochs: of each stage that ``auto`` makes.
+    """
+
+    images: Annotated[int, Field(ge=2)] = 2000
+    max_teachers: PositiveInt = 3
+    ridge: PositiveFloat = 1e-4
+    positions: PositiveInt | None = 512
+    seed: Annotated[int, Field(ge=0)] = 0
+    mechanisms: tuple[MechanismSpec, ...] = ()
+    epochs: PositiveInt = 12
+
+
 class TrainingSpec(_Spec):
     """How students are trained: data-parallel workers, the GPUs of each (one if the cluster has any), the seed."""
 
@@ -215,7 +247,11 @@ class TrainingSpec(_Spec):
 
 
 class Recipe(_Spec):
-    """A whole job, from images to a trained student."""
+    """A whole job, from images to a trained student.
+
+    Attributes:
+        stages: ``auto`` leaves them to the order of teachers (`mtpd order`); they are empty here until it is known.
+    """
 
     dataset: DatasetSpec
     views: ViewsSpec
@@ -223,7 +259,8 @@ class Recipe(_Spec):
     actors: ActorsSpec = ActorsSpec()
     teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], TeacherSpec] = {}
     student: StudentSpec
-    stages: Annotated[tuple[StageSpec, ...], Field(min_length=1)]
+    stages: Annotated[tuple[StageSpec, ...], BeforeValidator(_stages)]
+    order: OrderSpec = OrderSpec()
     training: TrainingSpec = TrainingSpec()
     work_dir: str
 
@@ -234,9 +271,27 @@ class Recipe(_Spec):
                 if name not in self.teachers:
                     known = ", ".join(self.teachers) or "none"
                     raise ValueError(f"stages.{number}.teacher: {name!r} is not in `teachers` ({known})")
-        if self.student.inherit and self.stages[0].teacher is None:
+        if self.auto and not (self.teachers and self.order.mechanisms):
+            raise ValueError("stages: auto needs `teachers` to choose from, and `order.mechanisms` for its stages")
+        if self.student.inherit and not self.auto and self.stages[0].teacher is None:
             raise ValueError("student.inherit: the first stage has no teacher to inherit from")
         return self
+
+    @property
+    def auto(self) -> bool:
+        """Whether the stages are left to the order of teachers, which is not known yet."""
+        return not self.stages
+
+    def with_sequence(self, teachers: Sequence[str]) -> "Recipe":
+        """The recipe with one stage for each of these teachers, as its ``order`` says."""
+        order = self.order
+        stages = tuple(StageSpec(teacher=t, mechanisms=order.mechanisms, epochs=order.epochs) for t in teachers)
+        return self.model_copy(update={"stages": stages})
+
+    @property
+    def possible_stages(self) -> tuple[StageSpec, ...]:
+        """Its stages; while they are left to the order of teachers, one for each teacher."""
+        return self.with_sequence(list(self.teachers)).stages if self.auto else self.stages
 
     @property
     def policy(self) -> ViewPolicy:
@@ -282,8 +337,8 @@ def parse_recipe(content: Any, where: str) -> Recipe:
 
 
 def _fault(where: str, fault: Any) -> str:
-    # stages and their mechanisms are counted from 1 everywhere the user sees them
-    first = 1 if fault["loc"][:1] == ("stages",) else 0
+    # stages and mechanisms are counted from 1 everywhere the user sees them
+    first = 1 if fault["loc"][:1] in (("stages",), ("order",)) else 0
     location = [part + first if isinstance(part, int) else str(part) for part in fault["loc"] if part != "[key]"]
     key = ".".join(str(part) for part in location)
     where = f"{where}: {key}" if key else where

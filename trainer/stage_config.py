@@ -51,6 +51,7 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
     _set_data(cfg, recipe, train, stage, infos if targets == "cache" else [])
     _set_schedule(cfg, spec, train, recipe.training.workers)
     _set_model(cfg, recipe, stage, infos, targets)
+    _set_visualizer(cfg, stage_dir(recipe, stage))
     cfg.custom_imports = dict(imports=["trainer"], allow_failed_imports=False)
     cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="SeedEpochHook", seed=recipe.training.seed)]
     cfg.randomness = dict(seed=recipe.training.seed)
@@ -228,3 +229,14 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInf
     if stage == 1 and student.inherit:
         distiller["inherit_from"] = recipe.teachers[spec.teachers[0]].checkpoint
     cfg.model = distiller
+
+
+def _set_visualizer(cfg: Config, folder: Path) -> None:
+    """Scalars go to mmengine's local file and to TensorBoard, beside the backends of the student's config."""
+    visualizer = plain_dict(cfg.visualizer) if cfg.get("visualizer") else dict(type="DetLocalVisualizer")
+    backends = visualizer.get("vis_backends") or []
+    backends = [backends] if isinstance(backends, dict) else list(backends)
+    present = {getattr(b["type"], "__name__", str(b["type"])).rpartition(".")[2] for b in backends}
+    backends += [dict(type=kind) for kind in ("LocalVisBackend", "TensorboardVisBackend") if kind not in present]
+    # a process has one visualizer of a name: under a common one the second stage would write into the first one's folder
+    cfg.visualizer = visualizer | dict(vis_backends=backends, name=str(folder))

@@ -37,7 +37,7 @@ class FGDLoss(LevelMechanism):
 
     | the released configs                     | alpha  | beta   | gamma | lambda | temp | levels                     |
     |------------------------------------------|--------|--------|-------|--------|------|----------------------------|
-    | RetinaNet, GFL, SOLO (the defaults here) | 1e-3   | 5e-4   | 5e-4  | 5e-6   | 0.5  | P3 to P7                   |
+    | RetinaNet, GFL (the defaults here)       | 1e-3   | 5e-4   | 5e-4  | 5e-6   | 0.5  | P3 to P7                   |
     | RepPoints                                | 1.6e-3 | 8e-4   | 8e-4  | 8e-6   | 0.5  | P3 to P7                   |
     | FCOS                                     | 1.6e-3 | 8e-4   | 8e-4  | 8e-6   | 0.8  | P3 to P7                   |
     | Faster and Mask R-CNN                    | 5e-5   | 2.5e-5 | 5e-5  | 5e-7   | 0.5  | P2 to P5                   |
