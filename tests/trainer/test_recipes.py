@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,9 @@ def test_a_recipe_says_what_to_expect_and_what_to_download(recipe: Path) -> None
             assert Path(stem[1]).name in _published()
 
 
+@cache
 def _published() -> str:
+    """What mmdet's own lists of models say."""
     configs = Path(load_config("mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", None, "test").filename).parents[1]
     return "\n".join(file.read_text() for file in configs.glob("*/metafile.yml"))
 
