@@ -214,7 +214,9 @@ def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations, workers: int
             if key in scheduler:
                 scheduler[key] = round(scheduler[key] * ratio)
         if "milestones" in scheduler:
-            scheduler.milestones = [round(m * ratio) for m in scheduler.milestones]
+            # in a short stage the last decay must not fall behind its end
+            last = max(1, spec.epochs - 1)
+            scheduler.milestones = [min(round(m * ratio), last) for m in scheduler.milestones]
     cfg.optim_wrapper.setdefault("clip_grad", None)
     if cfg.optim_wrapper.clip_grad is None:
         cfg.optim_wrapper.clip_grad = dict(max_norm=_CLIP_NORM, norm_type=2)

@@ -279,7 +279,7 @@ def test_several_scales_train_from_the_cache(data: Path, tmp_path: Path) -> None
     assert scales == [(128, 96)]
 
 
-@pytest.mark.parametrize(("epochs", "milestones"), [(12, [8, 11]), (24, [16, 22]), (36, [24, 33])])
+@pytest.mark.parametrize(("epochs", "milestones"), [(6, [4, 5]), (12, [8, 11]), (24, [16, 22]), (36, [24, 33])])
 def test_schedules_of_a_set_of_cocos_size_are_the_published_ones(
     data: Path, tmp_path: Path, epochs: int, milestones: list[int]
 ) -> None:
