@@ -397,6 +397,19 @@ def _two_stage(student: nn.Module) -> Batch:
     return Batch({}, {}, {}, samples(SIZES, mask=True), inputs, student, tuple(student.extract_feat(inputs)))
 
 
+def test_masks_of_a_view_follow_a_student_of_reduced_input() -> None:
+    batch = _two_stage(detector("mask-rcnn").train())
+    small = samples([(48, 64), (32, 48)])
+    for sample in small:
+        sample.set_metainfo(dict(scale_factor=(0.5, 0.5)))
+    found = [one.resized(0.5) for one in detections(masks=True)]
+    truth = DetectionLoss(LEVELS, LEVELS)._pseudo(small[0], found[0], replace(batch, input_scale=0.5)).gt_instances
+    for bitmap, (x1, y1, x2, y2) in zip(truth.masks.masks, truth.bboxes.int().tolist(), strict=True):
+        assert bitmap[y1:y2, x1:x2].all()
+        assert bitmap.sum() == (y2 - y1) * (x2 - x1)
+    assert truth.masks.masks.shape == (3, 96, 128)
+
+
 def test_a_detection_counts_as_often_as_its_score_says_and_the_draw_is_torchs() -> None:
     student = detector("retinanet")
     batch = step(student, detector("retinanet", 1))

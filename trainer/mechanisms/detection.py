@@ -78,15 +78,25 @@ class DetectionLoss(Mechanism):
             bboxes=boxes[kept].to(device), labels=torch.from_numpy(found.labels[kept.numpy()]).long().to(device)
         )
         if getattr(batch.student, "with_mask", False):
-            truth.masks = _masks(found, kept.nonzero().flatten().tolist(), (height, width), batch.inputs.shape[-2:])
+            bitmaps = _masks(found, kept.nonzero().flatten().tolist(), _view(sample, batch.input_scale))
+            truth.masks = bitmaps.resize((height, width)).pad(tuple(batch.inputs.shape[-2:]))
         pseudo = DetDataSample(metainfo=sample.metainfo, gt_instances=truth)
         if "ignored_instances" in sample:
             pseudo.ignored_instances = sample.ignored_instances
         return pseudo
 
 
-def _masks(found: Detections, kept: Sequence[int], view: tuple[int, int], padded: Sequence[int]) -> BitmapMasks:
-    """The masks of some detections, padded to the batch's input.
+def _view(sample: DetDataSample, input_scale: float) -> tuple[int, int]:
+    """Rows and columns of the view that a student's input shows."""
+    height, width = sample.img_shape[:2]
+    if input_scale == 1:
+        return height, width
+    across, down = sample.scale_factor  # of the last resize, which made the input of the view
+    return round(height / down), round(width / across)
+
+
+def _masks(found: Detections, kept: Sequence[int], view: tuple[int, int]) -> BitmapMasks:
+    """The masks of some detections, over the view.
 
     Raises:
         RecipeError: the teacher has no masks.
@@ -97,7 +107,7 @@ def _masks(found: Detections, kept: Sequence[int], view: tuple[int, int], padded
             "without."
         )
     bitmaps = [coco_mask.decode({"size": list(view), "counts": found.masks[k]}) for k in kept]
-    return BitmapMasks(bitmaps, *view).pad(tuple(padded))
+    return BitmapMasks(bitmaps, *view)
 
 
 def _loss_on(
