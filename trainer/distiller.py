@@ -138,6 +138,8 @@ class Distiller(BaseModel):
             batch = self._batch(teacher, given, maps, inputs, samples, made)
             for loss, own in mechanisms.items():
                 losses[loss] = self.mechanisms[own](batch) / len(self._of_teacher)
+                for metric, value in self.mechanisms[own].metrics().items():
+                    losses[f"{metric}_{loss.removeprefix('loss_')}"] = inputs.new_tensor(value)
         return losses
 
     def _batch(

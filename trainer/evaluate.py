@@ -7,10 +7,9 @@ from mmengine.runner import Runner
 from cache import RecipeError
 from trainer.annotations import read_annotations
 from trainer.checkpoint import load_strict
-from trainer.config import load_config, nested, plain_dict
 from trainer.recipe import Recipe, StageSpec
 from trainer.stage_config import stage_config
-from trainer.teacher import build_model
+from trainer.teacher import build_model, class_counts
 
 
 def refuse_other_classes(recipe: Recipe, name: str) -> None:
@@ -19,10 +18,8 @@ def refuse_other_classes(recipe: Recipe, name: str) -> None:
     Raises:
         RecipeError: none of its heads has so many.
     """
-    spec = recipe.teachers[name]
     classes = len(read_annotations(recipe.dataset.val.ann_file, "dataset.val.ann_file").classes)
-    config = load_config(spec.config, spec.cfg_options, f"teachers.{name}.config")
-    counts = {part["num_classes"] for part in nested(plain_dict(config.model)) if "num_classes" in part}
+    counts = class_counts(recipe.teachers[name], name)
     if counts and classes not in counts:
         raise RecipeError(
             f"teachers.{name}: cannot be evaluated: its heads have {', '.join(map(str, sorted(counts)))} classes, the val set "

@@ -12,7 +12,7 @@ from trainer.annotations import Annotations, read_annotations
 from trainer.config import load_config, nested, plain_dict, set_classes
 from trainer.needs import needs_of
 from trainer.recipe import Recipe, StageSpec
-from trainer.teacher import describe, fingerprint_record
+from trainer.teacher import class_counts, describe, fingerprint_record
 from trainer.transforms import view_config
 
 TargetSource = Literal["cache", "online"]
@@ -49,6 +49,7 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
     if train.classes != val.classes:
         raise RecipeError("dataset: train and val have different categories; give both files the same `categories`.")
     set_classes(cfg.model, len(train.classes))
+    _refuse_other_classes(recipe, stage, len(train.classes))
     infos = [teacher_info(recipe, name) for name in spec.teachers]
     _set_data(cfg, recipe, train, stage, infos if targets == "cache" else [])
     _set_evaluation(cfg, recipe)
@@ -88,6 +89,17 @@ def student_config(cfg: Config) -> Config:
     alone.train_dataloader = alone.val_dataloader
     alone.resume = False
     return alone
+
+
+def _refuse_other_classes(recipe: Recipe, stage: int, classes: int) -> None:
+    """A mechanism on detections or heads compares classes by their numbers; features have none."""
+    for name in recipe.stages[stage - 1].teachers:
+        needs, counts = needs_of(recipe, name, stage), class_counts(recipe.teachers[name], name)
+        if (needs.detections or needs.top_k or needs.head) and counts and classes not in counts:
+            raise RecipeError(
+                f"teachers.{name}: its heads have {', '.join(map(str, sorted(counts)))} classes, dataset.train has {classes}; "
+                f"a mechanism of stage {stage} compares classes. Take mechanisms on features for this teacher."
+            )
 
 
 def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cached: Sequence[GroupInfo]) -> None:

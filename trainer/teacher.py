@@ -28,7 +28,7 @@ from cache import (
 )
 from trainer.capture import captured, flatten, measure_levels, recorded
 from trainer.checkpoint import load_strict, read_weights, sha256
-from trainer.config import load_config, plain
+from trainer.config import load_config, nested, plain, plain_dict
 from trainer.dense import check_dense, dense_outputs, dense_shape, strides
 from trainer.recipe import TeacherSpec
 
@@ -170,6 +170,12 @@ def build_model(spec: TeacherSpec, name: str) -> nn.Module:
     for part in (config.model, config.model.get("backbone", {})):
         part.pop("init_cfg", None)  # every weight comes from the checkpoint
     return MODELS.build(config.model)
+
+
+def class_counts(spec: TeacherSpec, name: str) -> set[int]:
+    """Every number of classes that a teacher's config gives its heads."""
+    model = load_config(spec.config, spec.cfg_options, f"teachers.{name}.config").model
+    return {part["num_classes"] for part in nested(plain_dict(model)) if "num_classes" in part}
 
 
 def select_levels(levels: Sequence[Level], spec: TeacherSpec, key: str) -> tuple[Level, ...]:

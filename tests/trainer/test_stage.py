@@ -76,6 +76,31 @@ def test_cached_and_online_losses_agree_on_mixed_shapes(
         assert cached[0][f"loss_{name}"] != pytest.approx(cached[1][f"loss_{name}"], rel=TOLERANCE)
 
 
+def test_cached_and_online_losses_agree_for_mechanisms_on_heads_and_detections(data: Path, tmp_path: Path) -> None:
+    names = ["LDLoss", "DenseLogitLoss", "DetectionLoss", "CrossKDLoss"]
+    stages = [{"teacher": "gfl", "mechanisms": [{"type": name} for name in names], "epochs": 1}]
+    content = models.recipe(data, tmp_path, stages=stages, student="gfl-r18")
+    # untrained scores are about 0.01, which no test configuration lets through
+    content["teachers"]["gfl"] = models.teacher("gfl-r18", data)
+    content["teachers"]["gfl"]["cfg_options"] = {
+        **content["teachers"]["gfl"]["cfg_options"],
+        "model.test_cfg.score_thr": 0.0,
+    }
+    recipe = parse_recipe(content, "test")
+    assert precompute.fill(recipe, "gfl") == []
+    cached, online = (losses(recipe, 1, source, 2) for source in ("cache", "online"))
+    for a, b in zip(cached, online, strict=True):
+        assert a.keys() == b.keys() >= {f"loss_{name}" for name in names} | {"coverage_LDLoss"}
+        assert 0 < a["coverage_LDLoss"] <= 1
+        for key in a:
+            # untrained heads hardly differ: what float16 rounds of logits is a large part of what KL sees
+            assert a[key] == pytest.approx(b[key], rel=3e-2, abs=1e-6), key
+    content["teachers"]["gfl"]["cfg_options"] = {**models.SMALL["gfl-r18"][1], "model.bbox_head.num_classes": 5}
+    content["teachers"]["gfl"]["checkpoint"] = str(models.checkpoint("gfl-r18", data))
+    with pytest.raises(RecipeError, match=r"teachers\.gfl: its heads have 5 classes, dataset\.train has 6"):
+        stage_config(parse_recipe(content, "test"), 1)
+
+
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory):
     """Two stages of a mask student from two teachers."""

@@ -81,6 +81,10 @@ class Mechanism(nn.Module):
         """The unweighted loss, a scalar."""
         raise NotImplementedError
 
+    def metrics(self) -> dict[str, float]:
+        """What is worth a curve beside the loss, by name."""
+        return {}
+
 
 class LevelMechanism(Mechanism):
     """A mechanism that is a sum over pyramid levels, paired by stride.

@@ -66,6 +66,10 @@ class LDLoss(Mechanism):
         """The share of the positives so far whose outputs were stored."""
         return int(self.covered) / max(1, int(self.positives))
 
+    def metrics(self) -> dict[str, float]:
+        """`coverage`."""
+        return {"coverage": self.coverage}
+
     def loss(self, batch: Batch) -> Tensor:
         head = student_head(batch, type(self).__name__)
         stored = dense_of(batch, head, type(self).__name__)
