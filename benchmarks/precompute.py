@@ -1,19 +1,19 @@
-"""images/s of a precompute on Ray against the bare forward of its teacher, on the same views, on CPUs.
+"""images/s of a whole precompute on Ray against the bare forward of its teacher, on the same views, on CPUs.
 
 The teacher is a Swin-T detector as mmdet ships its config, with random weights; the images are generated (640 x 480, JPEG),
-the view is 1333 x 800 without a flip; int8 P3-P7 and detections are stored. Two contenders, each in an actor of its own that
-lives through the whole run and has ``--threads`` threads of torch, take turns on the same views:
+the view is 1333 x 800 without a flip; int8 P3-P7 and detections are stored. Two contenders take turns, each in a fresh actor
+with all CPUs and ``--threads`` threads of torch:
 
 - "precompute": ``services.precompute.fill``, what ``mtpd precompute`` calls, into an empty cache: images are read, decoded
-  and resized, the teacher runs, features are quantised, shards are written, flushed and committed. Its pool is handed a few
-  units at a time; between these it rests.
-- "bare": mmdet's ``test_step`` on the views of these units, decoded before the clock starts; before and after each turn of the
-  precompute, whose yardstick is the mean of the two: what other programs on the machine take falls on both alike.
+  and resized, the teacher runs, features are quantised, shards are written, flushed and committed.
+- "bare": mmdet's ``test_step`` on the same views, decoded before the clock starts, after one forward to warm up.
 
-The start (Ray's actors, imports, the model's weights, a forward to warm up) is no part of a rate. The rate of a turn is "steady":
-from its first commit to its last, so that a unit's decoding and writing overlap with others' forwards as in a long run. "cpu"
-compares, between the same commits, the processor's seconds a view of all threads of the actor: what is added to the forward,
-whoever else is on the machine. Ratios are medians of the turns' own; at least 0.95 is aimed at.
+The start (Ray's actor, imports, the model's weights) is no part of a rate. Rates of the precompute: "all" from the first unit
+handed out to the last committed, first decoding and last writing included, which a long run spreads over many units;
+"steady" from the first commit to the last: at least 0.95 of the bare rate is aimed at. "cpu" compares the processor's seconds
+a view, of all threads of the actor, between the same commits. What other programs on the machine disturb least is the ratio
+"by parts": the share of the precompute's time in which its device is busy, over how much longer the actor's computation
+(teacher, quantisation) takes than the bare forward, both called in turn on each view in the bare actor.
 
 With random weights nothing scores above the shipped threshold; ``--score-threshold 0`` gives 100 detections a view::
 
@@ -29,9 +29,8 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 from unittest import mock
 
 import cv2
@@ -57,7 +56,6 @@ CONFIGS = {
     "retinanet": ("mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py", "model.test_cfg.score_thr"),
 }
 WIDTH, HEIGHT, UNIT_ROWS = 640, 480, 2
-TURN = 3  # units
 TARGET = 0.95
 
 
@@ -86,37 +84,17 @@ def make_recipe(root: Path, teacher: str, images: int, threshold: float) -> dict
     }
 
 
-class Turns(Pool):
-    """The pool of a precompute, which rests while the bare teacher runs.
+class Recorded(Pool):
+    """The pool of a precompute, with the moment at which each unit was committed."""
 
-    Attributes:
-        bare: the actor of the bare teacher.
-        turns: what was measured, one for each turn.
-        seconds: after so many no turn begins.
-    """
-
-    bare: Any
-    seconds: float
-    turns: ClassVar[list[dict[str, float]]]
+    last: "Recorded"
 
     def run(self, units: Iterable[cache.Unit]) -> Iterator[Any]:
         """As `Pool.run`."""
-        source, before, begun = iter(units), None, time.monotonic()
-        while (turn := list(islice(source, TURN))) and (len(self.turns) < 2 or time.monotonic() - begun < self.seconds):
-            rows = [row for unit in turn for row in unit.rows]
-            before = before or ray.get(self.bare.run.remote(rows))
-            commits = []
-            for outcome in super().run(turn):
-                commits.append((time.monotonic(), actor_seconds(), outcome))
-                yield outcome
-            after = ray.get(self.bare.run.remote(rows))
-            (first, used_first, unit), (last, used_last, _) = commits[0], commits[-1]
-            views = len(rows) - unit.rows
-            device = sum(record.device_seconds for *_, record in commits[1:])
-            measured = {"steady": views / (last - first), "cpu": views / (used_last - used_first)}
-            both = {key: statistics.mean((before[key], after[key])) for key in after}
-            self.turns.append(both | measured | {"on_the_device": device / (last - first)})
-            before = after
+        Recorded.last, self.outcomes = self, []
+        for outcome in super().run(units):
+            self.outcomes.append((time.monotonic(), actor_seconds(), outcome))
+            yield outcome
 
 
 def actor_seconds() -> float:
@@ -126,26 +104,43 @@ def actor_seconds() -> float:
     return sum(times.user + times.system for times in actors)
 
 
+def run_precompute(recipe: Recipe, images: int) -> dict[str, float]:
+    """A precompute into an empty cache; rates in images/s."""
+    begin = time.monotonic()
+    with mock.patch.object(precompute, "Pool", Recorded), redirect_stdout(io.StringIO()):
+        result = precompute.fill(recipe, "teacher")
+    pool = Recorded.last
+    assert not result.failures
+    (first, used_first, unit), (last, used_last, _) = pool.outcomes[0], pool.outcomes[-1]
+    device = sum(record.device_seconds for *_, record in pool.outcomes)
+    begun, later = pool.begun or begin, images - unit.rows
+    rates = dict(all=images / (last - begun), steady=later / (last - first), cpu=later / (used_last - used_first))
+    return rates | dict(start_s=begun - begin, on_the_device=device / (last - begun))
+
+
 @ray.remote
 class Bare:
     """A teacher, and its views decoded."""
 
     def load(self, recipe: Recipe) -> int:
-        """Load the teacher, run one forward. Returns the threads of torch."""
+        """Load the teacher, decode every view, run one forward. Returns the threads of torch."""
         plan, spec = precompute.plan_teacher(recipe, "teacher"), recipe.teachers["teacher"]
         self._teacher = Teacher(spec, "teacher")
         self._computer = UnitComputer(self._teacher, plan.info, recipe.policy, recipe.dataset.train, batch_size=1)
-        self._forward(self._computer.decode(next(plan.units()))[0][0])
+        self._pixels = [pixels for unit in plan.units() for pixels in self._computer.decode(unit)[0]]
+        self._forward(self._pixels[0])
         return torch.get_num_threads()
 
-    def run(self, rows: list[cache.Row]) -> dict[str, float]:
-        """Views a second of the bare forward, and a second of the processor."""
-        views, _ = self._computer.decode_rows(rows)
-        wall, processor = time.monotonic(), time.process_time()
-        for pixels in views:
-            self._forward(pixels)
-        wall, processor = time.monotonic() - wall, time.process_time() - processor
-        return {"bare": len(views) / wall, "bare_cpu": len(views) / processor}
+    def run(self) -> dict[str, float]:
+        """Rates of the bare forward; and how much longer it takes to compute targets, view by view in turn."""
+        spent = {"bare": np.zeros(2), "compute": np.zeros(2)}
+        for pixels in self._pixels:
+            for kind, call in (("bare", self._forward), ("compute", lambda one: self._computer.compute([one]))):
+                before = np.array([time.monotonic(), time.process_time()])
+                call(pixels)
+                spent[kind] += np.array([time.monotonic(), time.process_time()]) - before
+        wall, cpu = len(self._pixels) / spent["bare"]
+        return {"bare": wall, "bare_cpu": cpu, "compute": spent["compute"][1] / spent["bare"][1]}
 
     @torch.no_grad()
     def _forward(self, pixels: Pixels) -> None:
@@ -155,9 +150,9 @@ class Bare:
 
 
 def main(
-    turns: Annotated[int, typer.Option(min=1, help="Turns that count, after a first.")] = 12,
-    seconds: Annotated[float, typer.Option(help="After so many no turn begins.")] = 600,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch in each actor.")] = 1,
+    images: Annotated[int, typer.Option(min=2 * UNIT_ROWS)] = 8,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch in an actor.")] = 1,
     teacher: Annotated[str, typer.Option(help=f"One of {', '.join(CONFIGS)}.")] = "mask-rcnn",
     threshold: Annotated[float, typer.Option("--score-threshold", help="Of the detections.")] = 0.05,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write everything measured here.")] = None,
@@ -166,38 +161,32 @@ def main(
     logging.disable(logging.WARNING)
     os.environ.update(OMP_NUM_THREADS=str(threads), RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled")
     ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=2**28)
+    measured: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
-        content = make_recipe(Path(name), teacher, (turns + 1) * TURN * UNIT_ROWS, threshold)
-        content["cache"]["uri"] = str(Path(name) / "cache")
-        recipe = parse_recipe(content, "benchmark")
-        Turns.bare, Turns.turns, Turns.seconds = Bare.options(num_cpus=0).remote(), [], seconds
-        used = ray.get(Turns.bare.load.remote(recipe))
-        with mock.patch.object(precompute, "Pool", Turns), redirect_stdout(io.StringIO()):
-            result = precompute.fill(recipe, "teacher")
-        assert not result.failures
+        content = make_recipe(Path(name), teacher, images, threshold)
+        for number in range(rounds):
+            content["cache"]["uri"] = str(Path(name) / f"cache-{number}")
+            recipe = parse_recipe(content, "benchmark")
+            bare = Bare.options(num_cpus=ray.cluster_resources()["CPU"]).remote()
+            used = ray.get(bare.load.remote(recipe))
+            one = ray.get(bare.run.remote())
+            ray.kill(bare)
+            for key, value in (one | run_precompute(recipe, images)).items():
+                measured.setdefault(key, []).append(value)
     ray.shutdown()
-    measured = {key: [turn[key] for turn in Turns.turns[1:]] for key in Turns.turns[0]}
     middle = {key: statistics.median(values) for key, values in measured.items()}
-    pairs = {"steady": "bare", "cpu": "bare_cpu"}
-    paired = {key: np.divide(measured[key], measured[other]).tolist() for key, other in pairs.items()}
-    ratios = {key: statistics.median(values) for key, values in paired.items()}
-    table = Table("", "per s", "of bare", "turns", title=f"{teacher} Swin-T, views a second, {used} thread(s) of torch")
-    table.add_row("bare", f"{middle['bare']:.3f}")
-    for key in pairs:
-        table.add_row(
-            key, f"{middle[key]:.3f}", f"{ratios[key]:.3f}", " ".join(f"{value:.2f}" for value in paired[key])
-        )
+    pairs = {"all": "bare", "steady": "bare", "bare_cpu": "bare_cpu", "cpu": "bare_cpu"}
+    ratios = {key: statistics.median(np.divide(measured[key], measured[other])) for key, other in pairs.items()}
+    table = Table("", "images/s", "of bare", title=f"{teacher} Swin-T, {images} views, {used} thread(s) of torch")
+    for key in ("bare", *pairs):
+        table.add_row(key, f"{middle[key]:.3f}", f"{ratios.get(key, 1):.3f}")
     Console().print(table)
-    print(
-        f"on the device {middle['on_the_device']:.1%} of the time; compute {middle['compute']:.3f} times the bare forward's CPU"
-    )
-    print(
-        f"steady at least {TARGET} of bare: {ratios['steady'] >= TARGET}; in processor's seconds: {ratios['cpu'] >= TARGET}"
-    )
+    parts = middle["on_the_device"] / middle["compute"]
+    print(f"start {middle['start_s']:.1f} s; on the device {middle['on_the_device']:.1%}")
+    print(f"compute: {middle['compute']:.3f} times the processor's seconds of bare; by parts {parts:.3f} of bare")
+    print(f"of the bare rate at least {TARGET}: steady {ratios['steady'] >= TARGET}, by parts {parts >= TARGET}")
     if json_path:
-        json_path.write_text(
-            json.dumps({"median": middle, "ratios": ratios, "paired": paired, "turns": Turns.turns}, indent=1)
-        )
+        json_path.write_text(json.dumps({"median": middle, "ratios": ratios, "rounds": measured}, indent=1))
 
 
 if __name__ == "__main__":
