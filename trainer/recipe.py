@@ -140,6 +140,13 @@ class ViewsSpec(_Spec):
             raise ValueError("flip belongs to `scale`; sampled views flip by a RandomFlip in their pipeline")
         return self
 
+    @property
+    def evaluation_scale(self) -> Scale | None:
+        """Into which val images are resized: the largest scale of the views; None leaves it to the student's config."""
+        if self.scale is None:
+            return self.sampled.val_scale if self.sampled else None
+        return max(self.scale, key=lambda scale: scale[0] * scale[1])
+
     def policy(self, ann_file: str) -> Policy:
         """The policy that gives each view its number. Sampled views depend on the annotations, whose digest is part of it."""
         if self.scale is not None:

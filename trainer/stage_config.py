@@ -150,10 +150,7 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cache
 
 
 def _set_evaluation(cfg: Config, recipe: Recipe) -> None:
-    if recipe.views.scale is not None:
-        chosen = max(recipe.views.scale, key=lambda scale: scale[0] * scale[1])
-    else:
-        chosen = recipe.views.sampled.val_scale
+    chosen = recipe.views.evaluation_scale
     classes = cfg.train_dataloader.dataset.dataset.metainfo
     loaders = (cfg.val_dataloader, cfg.test_dataloader)
     # both are read before one is changed: a config may name one loader twice
