@@ -106,7 +106,8 @@ def take_pictures(
     """Run detectors on some val images.
 
     Args:
-        teacher: its name in the recipe; run live on each image, resized as students are evaluated, or else into the size of the sampled views.
+        teacher: its name in the recipe; run live on each image, resized as students are evaluated, or else into the size of
+            the sampled views.
         students: folders of trained stages, by the name that each student goes under here.
         count: images, drawn from those with objects; all if there are fewer.
 
