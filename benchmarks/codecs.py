@@ -101,14 +101,16 @@ def features(name: str, images: Sequence[Path], scale: tuple[int, int]) -> list[
     ]
 
 
-def gradient(distiller: Distiller, maps: Sequence[Tensor], targets: Sequence[LiveMaps], seed: int) -> Row:
+def gradient(
+    distiller: Distiller, maps: Sequence[Tensor], targets: Sequence[LiveMaps], samples: Sequence[Any], seed: int
+) -> Row:
     """The mechanism's loss for these targets, and its gradients by the student's maps and by its neck's weights."""
     (mechanism,) = distiller.mechanisms.values()
     student = dict(zip(mechanism.pairs, maps, strict=True))
     placed = {level: assemble(targets, level, own.shape[-2:]) for level, own in student.items()}
     teacher, valid = ({level: both[n] for level, both in placed.items()} for n in (0, 1))
     torch.manual_seed(seed)  # MGD draws its masks
-    loss = mechanism(Batch(student, teacher, valid))
+    loss = mechanism(Batch(student, teacher, valid, samples))
     by_map = torch.autograd.grad(loss, maps, retain_graph=True)
     by_weight = torch.autograd.grad(maps, list(distiller.student.neck.parameters()), by_map, retain_graph=True)
     return {"loss": float(loss), "maps": joined(by_map), "neck": joined(by_weight), "targets": joined(teacher.values())}
@@ -137,18 +139,19 @@ def disturbance(distiller: Distiller, batches: Iterable[Any], share: float | Non
     for seed, batch in enumerate(batches):
         data = distiller.data_preprocessor(dict(batch), True)
         maps = distiller.student.neck(distiller.student.backbone(data["inputs"]))
-        exact = [next(iter(sample.teacher_maps.values())) for sample in data["data_samples"]]
-        found["float32"].append(gradient(distiller, maps, exact, seed))
+        samples = data["data_samples"]
+        exact = [next(iter(sample.teacher_maps.values())) for sample in samples]
+        found["float32"].append(gradient(distiller, maps, exact, samples, seed))
         for p in PRECISIONS:
             stored = [LiveMaps({k: restore(m[None], p)[0][0] for k, m in t.maps.items()}, t.map_sizes) for t in exact]
-            found[p].append(gradient(distiller, maps, stored, seed))
+            found[p].append(gradient(distiller, maps, stored, samples, seed))
     return [{"precision": p, **compare(found["float32"], found[p], share)} for p in PRECISIONS]
 
 
 def losses(root: Path, mechanism: str, count: int, epochs: int) -> list[Row]:
     """A student before and after a short training with one mechanism."""
     cfg = stage_config(fidelity.make_recipe(root, mechanism, "online", 0, epochs), 1, "online")
-    share = fidelity.MECHANISMS[mechanism]["loss_weight"] / fidelity.BATCH if mechanism == "MGDLoss" else None
+    share = fidelity.SETTINGS[mechanism]["loss_weight"] / fidelity.BATCH if mechanism == "MGDLoss" else None
     rows = []
     with redirect_stdout(StringIO()):  # pycocotools prints
         runner = Runner.from_cfg(cfg)
@@ -188,10 +191,10 @@ def main(
             for row in features(teacher, sorted(source.glob("*.jpg"))[:images], scale)
         ]
         show("what is kept of the features", by_level)
-        by_mechanism = [row for mechanism in fidelity.MECHANISMS for row in losses(root, mechanism, batches, epochs)]
+        by_mechanism = [row for mechanism in fidelity.SETTINGS for row in losses(root, mechanism, batches, epochs)]
         show("what the error does to losses and gradients", by_mechanism)
     if json_path:
-        settings = {"images": images, "batches": batches, "epochs": epochs, "mechanisms": fidelity.MECHANISMS}
+        settings = {"images": images, "batches": batches, "epochs": epochs, "mechanisms": fidelity.SETTINGS}
         json_path.write_text(json.dumps({"settings": settings, "features": by_level, "losses": by_mechanism}, indent=1))
 
 

@@ -43,6 +43,8 @@ MECHANISMS: dict[str, dict[str, Any]] = {
     "MGDLoss": {"loss_weight": 1e-5},
     "FeatureMatchingLoss": {"loss_weight": 0.3, "normalize": True},
 }
+# more mechanisms, of which only the targets' error in losses and gradients is measured (benchmarks.codecs)
+SETTINGS: dict[str, dict[str, Any]] = {**MECHANISMS, "CWDLoss": {}, "FGDLoss": {}, "FBKDLoss": {}}
 
 
 def arm_name(mechanism: str, source: str, seed: int) -> str:
@@ -67,7 +69,7 @@ def make_recipe(root: Path, mechanism: str, source: str, seed: int, epochs: int)
         "inherit": True,
         "cfg_options": {"train_dataloader.batch_size": BATCH},
     }
-    stage = {"teacher": "swin", "mechanisms": [{"type": mechanism, **MECHANISMS[mechanism]}], "epochs": epochs}
+    stage = {"teacher": "swin", "mechanisms": [{"type": mechanism, **SETTINGS[mechanism]}], "epochs": epochs}
     return parse_recipe(
         {
             "dataset": dataset,

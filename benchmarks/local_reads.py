@@ -5,7 +5,8 @@ reader holds the same rows, lies in the page cache and hands out arrays (this ca
 of it is compared once, before the clock starts, with what was written. All run in this one process (torch on one thread, as in a
 data loader's worker), in turn in every round, over the same rows in the same random order, so that whatever else the
 machine does falls on all of them; a round reads them twice and the second time counts. A reader's time is that of its
-best round; every round goes to --json.
+best round; every round goes to --json. On a machine that is shared no round may be quiet: the processor's seconds are compared
+too, in each round with those of ``preadv``, and the median of these ratios is shown.
 
 Run from the repository's root; a reader whose package is missing is left out::
 
@@ -72,8 +73,10 @@ def results(contenders: list[Contender]) -> list[dict[str, Any]]:
         best = min(contender.rounds)
         about = {"name": contender.name, "version": contender.package and version(contender.package)}
         numbers = {"ms": best, "median_ms": statistics.median(contender.rounds), "gb_per_s": ROW.itemsize / best / 1e6}
-        ratios = {"x_preadv": best / limit, "x_this_cache": best / ours}
-        readers.append({**about, **numbers, **ratios, "rounds_ms": contender.rounds, "setup": contender.setup})
+        processor = statistics.median(np.divide(contender.processor, contenders[0].processor))
+        ratios = {"x_preadv": best / limit, "x_this_cache": best / ours, "x_preadv_processor": float(processor)}
+        rounds = {"rounds_ms": contender.rounds, "processor_ms": contender.processor}
+        readers.append({**about, **numbers, **ratios, **rounds, "setup": contender.setup})
     return readers
 
 
@@ -81,6 +84,7 @@ def show(readers: list[dict[str, Any]], console: Console) -> None:
     """The table, and how each reader was set up."""
     table = Table("reader", title=f"one row of {ROW.itemsize / 1e6:.2f} MB, warm page cache: the best round")
     keys = {"ms": "ms", "median_ms": "median ms", "gb_per_s": "GB/s", "x_preadv": "x preadv", "x_this_cache": "x ours"}
+    keys["x_preadv_processor"] = "x preadv, processor"
     for heading in keys.values():
         table.add_column(heading, justify="right")
     for reader in readers:

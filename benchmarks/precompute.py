@@ -126,8 +126,7 @@ class Bare:
         """Load the teacher, decode every view, run one forward. Returns the threads of torch."""
         plan, spec = precompute.plan_teacher(recipe, "teacher"), recipe.teachers["teacher"]
         self._teacher = Teacher(spec, "teacher")
-        data = recipe.dataset.train.img_dir
-        self._computer = UnitComputer(self._teacher, plan.info, recipe.policy, data, batch_size=1)
+        self._computer = UnitComputer(self._teacher, plan.info, recipe.policy, recipe.dataset.train, batch_size=1)
         self._pixels = [pixels for unit in plan.units() for pixels in self._computer.decode(unit)[0]]
         self._forward(self._pixels[0])
         return torch.get_num_threads()

@@ -86,6 +86,7 @@ class Contender(ABC):
     def __init__(self, root: Path) -> None:
         self.root = root / self.folder
         self.rounds: list[float] = []  # milliseconds a row
+        self.processor: list[float] = []  # of them on the processor
         self.library: Any = importlib.import_module(self.module) if self.module else None
 
     def arrays(self, row: Any) -> Arrays:
@@ -111,11 +112,12 @@ class Contender(ABC):
     def run(self, order: list[int]) -> None:
         """One round: the rows are read twice and the second time counts, for a system may drop pages at any time."""
         for _ in range(2):
-            begin = time.perf_counter()
+            begin, used = time.perf_counter(), time.process_time()
             for _ in self.read(order):
                 pass
-            seconds = time.perf_counter() - begin
+            seconds, used = time.perf_counter() - begin, time.process_time() - used
         self.rounds.append(seconds * 1e3 / len(order))
+        self.processor.append(used * 1e3 / len(order))
 
 
 class Preadv(Contender):

@@ -26,7 +26,7 @@ from cache.reader import TeacherCache, find_group, list_groups
 from cache.storage import LocalStorage, Storage, open_storage
 from cache.targets import DenseLevel, RowLayout, Targets
 from cache.verify import Damage, Report, repair, verify
-from cache.views import View, ViewPolicy, padded, resized
+from cache.views import Policy, SampledPolicy, View, ViewPolicy, padded, resized
 from cache.writer import DenseArrays, RowTargets, prepare, write_unit
 
 __all__ = [
@@ -52,12 +52,14 @@ __all__ = [
     "MissingRowsError",
     "MtpdError",
     "Plan",
+    "Policy",
     "Precision",
     "RecipeError",
     "Report",
     "Row",
     "RowLayout",
     "RowTargets",
+    "SampledPolicy",
     "StaleCacheError",
     "Storage",
     "StorageError",

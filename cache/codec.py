@@ -7,6 +7,7 @@ on every device: int4's clipping is chosen among candidates by counting, which n
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +22,7 @@ _SAMPLE = 4096
 _CPU_BLOCK = 2**18
 # magnitudes are measured in steps of a channel's peak, which must not be too small to divide by
 _SMALLEST = 1e-30
-_STORED = {"float16": torch.float16, "int8": torch.int8, "int4": torch.uint8}
+_STORED = {"float16": "float16", "int8": "int8", "int4": "uint8"}
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,20 @@ def encode(maps: Tensor, precision: Precision) -> Encoded:
     rows = maps.reshape(images * channels, height * width)
     count, length = rows.shape
     columns = -(-length // 2) if precision == "int4" else length
-    values = torch.empty(count, columns, dtype=_STORED[precision], device=maps.device)
+    if maps.device.type == "cpu":
+        # numpy asks for huge pages, torch does not: they halve what the first touch of a unit costs
+        values = torch.from_numpy(np.empty((count, columns), _STORED[precision]))
+    else:
+        values = torch.empty(count, columns, dtype=getattr(torch, _STORED[precision]), device=maps.device)
     scales, signal, noise = torch.empty(3, count, device=maps.device)
     # a CPU makes several passes over each value: in blocks that stay in its cache, and in the same memory for all of them,
     # they cost a third
     block = max(1, _CPU_BLOCK // length) if maps.device.type == "cpu" else count
     scratch = torch.empty(2, min(block, count), length, device=maps.device)
-    for parts in zip(*(torch.split(whole, block) for whole in (rows, values, scales, signal, noise)), strict=True):
-        _encode_rows(parts[0].float(), *parts[1:], precision, *scratch[:, : len(parts[0])])
-    # the norms are in steps of the scale, in which no map's energy overflows
+    parts = zip(*(torch.split(whole, block) for whole in (rows, values, scales, signal, noise)), strict=True)
+    for own, own_values, own_scales, own_signal, own_noise in parts:
+        numbers, nearest = scratch[:, : len(own)]
+        _encode_rows(own.float(), precision, own_values, own_scales, own_signal, own_noise, numbers, nearest)
     scales.masked_fill_(signal == 0, 0)
     signal, noise = ((norms.double() * scales).square().view(images, channels).sum(dim=1) for norms in (signal, noise))
     snr = torch.where(noise > 0, 10 * torch.log10(signal / noise), torch.full_like(noise, torch.inf))
@@ -83,11 +89,11 @@ def encode(maps: Tensor, precision: Precision) -> Encoded:
 
 def _encode_rows(
     rows: Tensor,
+    precision: Precision,
     values: Tensor,
     scales: Tensor,
     signal: Tensor,
     noise: Tensor,
-    precision: Precision,
     numbers: Tensor,
     nearest: Tensor,
 ) -> None:

@@ -31,8 +31,8 @@ def schema(info: GroupInfo) -> pa.Schema:
 
     ``row`` is the row in the bucket's arrays; ``unit_rows`` the rows of a full unit of that bucket (not in version 1);
     ``height`` and ``width`` are the view's pixels without padding; ``source`` hashes the image's annotation entry (file name
-    and size); ``image_crc32c`` is the checksum of the image file's bytes; ``snr_<level>`` is the quantisation's
-    signal-to-noise ratio in dB.
+    and size); ``image_crc32c`` is the checksum of the image file's bytes (and of those that a sampled view mixes in);
+    ``snr_<level>`` is the quantisation's signal-to-noise ratio in dB.
     """
     fields = [
         pa.field("image_id", pa.int64()),

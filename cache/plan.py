@@ -12,7 +12,7 @@ from cache import shard
 from cache.errors import StaleCacheError
 from cache.layout import GroupInfo, bucket_name, unit_name
 from cache.manifest import Index
-from cache.views import IntArray, ViewPolicy, padded, resized
+from cache.views import IntArray, Policy, padded
 
 UNIT_BYTES = 128 * 2**20
 MAX_UNIT_ROWS = 256
@@ -119,7 +119,7 @@ class Plan:
     Attributes:
         info: the group's attributes.
         buckets: every bucket, the largest first.
-        total: rows that the data set and the view policy ask for.
+        total: rows that are wanted; all that the data set and the view policy ask for, unless it is a plan for some.
         images, policy: what the plan was made for.
     """
 
@@ -127,7 +127,7 @@ class Plan:
     buckets: tuple[Bucket, ...]
     total: int
     images: Images
-    policy: ViewPolicy
+    policy: Policy
     _sources: npt.NDArray[np.uint64]
     _todo: dict[str, tuple[IntArray, IntArray]]
     _occupied: Mapping[str, IntArray] = field(default_factory=dict)
@@ -206,7 +206,7 @@ class Plan:
         images = self.images
         position, view = divmod(member, len(self.policy))
         width, height = images.widths[position], images.heights[position]
-        view_width, view_height = resized(width, height, self.policy[view].scale)
+        view_width, view_height = self.policy.sizes(view, width, height)
         return Row(
             image_id=int(images.ids[position]),
             view=view,
@@ -222,11 +222,12 @@ class Plan:
 
 def make_plan(
     images: Images,
-    policy: ViewPolicy,
+    policy: Policy,
     info: GroupInfo,
     *,
     committed: Index | None = None,
     unit_rows: int | None = None,
+    wanted: npt.NDArray[np.bool_] | None = None,
 ) -> Plan:
     """Give every row that is wanted and not committed a place.
 
@@ -238,6 +239,7 @@ def make_plan(
         committed: the manifest's index, if the group exists.
         unit_rows: rows of a full unit in buckets of which nothing is committed; by default as many as make about 128 MiB,
             at most 256. Where rows are committed the size of a unit is fixed.
+        wanted: (n, views), the rows to compute; by default all. A later plan for more goes on behind them.
 
     Raises:
         StaleCacheError: a committed row belongs to another image of the same id.
@@ -252,6 +254,8 @@ def make_plan(
     del keys
     if committed is not None:
         codes[committed.committed(images.ids, len(policy)).ravel()] = names.size
+    if wanted is not None:
+        codes[~wanted.ravel()] = names.size
     # a stable sort keeps the order of (image, view) inside each bucket; the committed rows come last
     order = np.argsort(codes.astype(np.int32), kind="stable")
     bounds = np.cumsum(np.bincount(codes, minlength=names.size + 1))
@@ -264,10 +268,12 @@ def make_plan(
         free = _first_free(taken, members.size)
         slots = fixed.get(name) or unit_rows or _default_slots(info, name)
         rows = int(max(taken.max(initial=-1), free.max(initial=-1))) + 1
+        if rows == 0:
+            continue  # nothing of it is wanted
         buckets.append((count, Bucket(name, rows, slots, members.size)))
         todo[name] = (members, free)
     ordered = tuple(bucket for _, bucket in sorted(buckets, key=lambda pair: (-pair[0], pair[1].name)))
-    total = images.ids.size * len(policy)
+    total = images.ids.size * len(policy) if wanted is None else int(wanted.sum())
     return Plan(info, ordered, total, images, policy, sources, todo, occupied)
 
 
@@ -278,11 +284,11 @@ def _first_free(taken: IntArray, count: int) -> IntArray:
     return np.setdiff1d(np.arange(taken.size + count), taken, assume_unique=True)[:count]
 
 
-def _bucket_keys(images: Images, policy: ViewPolicy, divisor: int) -> IntArray:
+def _bucket_keys(images: Images, policy: Policy, divisor: int) -> IntArray:
     """(n, views) int64: padded height << 32 | padded width."""
     columns = []
-    for view in policy:
-        widths, heights = resized(images.widths, images.heights, view.scale)
+    for view in range(len(policy)):
+        widths, heights = policy.sizes(view, images.widths, images.heights)
         columns.append((padded(heights, divisor) << 32) | padded(widths, divisor))
     return np.stack(columns, axis=1)
 

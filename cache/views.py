@@ -1,11 +1,12 @@
 """Views: which deterministic versions of an image exist, and how large each is. Pure arithmetic.
 
-A view is what mmdet's ``Resize(scale, keep_ratio=True)``, then a horizontal flip or none, make of an image. The sizes
-computed here are those that mmcv computes (``mmcv.rescale_size``), without mmcv.
+Two kinds of policy. `ViewPolicy`: a view is what mmdet's ``Resize(scale, keep_ratio=True)``, then a horizontal flip or none,
+make of an image; the sizes computed here are those that mmcv computes (``mmcv.rescale_size``), without mmcv.
+`SampledPolicy`: a view is what a pipeline of transforms draws, replayed from a seed, and all views have one size.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -53,6 +54,15 @@ class ViewPolicy:
     def __iter__(self) -> Iterator[View]:
         return (self[index] for index in range(len(self)))
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether view ``2 * i + 1`` is the mirror image of view ``2 * i``."""
+        return self.flip == "both"
+
+    def sizes(self, view: int, widths: IntArray, heights: IntArray) -> tuple[IntArray, IntArray]:
+        """Widths and heights of one view, in pixels without padding, of images of any number; see `resized`."""
+        return resized(widths, heights, self[view].scale)
+
     def to_json(self) -> dict[str, Any]:
         """The policy as plain JSON, as stored in the cache and hashed into the fingerprint."""
         return {"scale": [list(scale) for scale in self.scales], "flip": self.flip}
@@ -61,6 +71,50 @@ class ViewPolicy:
     def from_json(cls, record: dict[str, Any]) -> "ViewPolicy":
         """The inverse of `to_json`."""
         return cls(tuple((int(a), int(b)) for a, b in record["scale"]), record["flip"])
+
+
+@dataclass(frozen=True)
+class SampledPolicy:
+    """``count`` views of every image, each drawn once by a pipeline of random transforms and padded to one size.
+
+    Attributes:
+        count: views of an image.
+        size: (height, width) in pixels of every view; what a draw leaves free at the right and bottom is padding that belongs
+            to the view.
+        record: all else that decides a view's pixels, as plain JSON: the pipeline, its seed, the padding's value, and what of
+            the annotations it sees.
+    """
+
+    count: int
+    size: tuple[int, int]
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether view ``2 * i + 1`` is the mirror image of view ``2 * i``: never."""
+        return False
+
+    def sizes(self, view: int, widths: IntArray, heights: IntArray) -> tuple[IntArray, IntArray]:
+        """Widths and heights of one view, in pixels: the same for every image and view."""
+        height, width = self.size
+        return np.full_like(widths, width), np.full_like(heights, height)
+
+    def to_json(self) -> dict[str, Any]:
+        """The policy as plain JSON, as stored in the cache and hashed into the fingerprint."""
+        return {"sampled": {**self.record, "count": self.count, "size": list(self.size)}}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "SampledPolicy":
+        """The inverse of `to_json`."""
+        rest = dict(record["sampled"])
+        height, width = rest.pop("size")
+        return cls(rest.pop("count"), (int(height), int(width)), rest)
+
+
+Policy = ViewPolicy | SampledPolicy
 
 
 def resized(widths: IntArray, heights: IntArray, scale: tuple[int, int]) -> tuple[IntArray, IntArray]:

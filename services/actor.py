@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import ray
 import torch
 
-from cache import GroupInfo, RowTargets, Unit, ViewPolicy, fence, open_storage, write_unit
+from cache import GroupInfo, Policy, RowTargets, Unit, fence, open_storage, write_unit
 from services.pool import PIPELINE_DEPTH
-from trainer import Failure, Teacher, TeacherSpec, UnitComputer
+from trainer import Failure, SplitSpec, Teacher, TeacherSpec, UnitComputer
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class ActorJob:
     run: str
     info: GroupInfo
     spec: TeacherSpec
-    policy: ViewPolicy
-    img_dir: str
+    policy: Policy
+    split: SplitSpec
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TeacherActor:
         teacher = Teacher.of_group(job.spec, job.info, device)
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         self._computer = UnitComputer(
-            teacher, job.info, job.policy, job.img_dir, job.spec.batch_size, decoders=max(1, int(cpus))
+            teacher, job.info, job.policy, job.split, job.spec.batch_size, decoders=max(1, int(cpus))
         )
         return f"{socket.gethostname()}:{os.getpid()}"
 

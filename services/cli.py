@@ -2,16 +2,20 @@
 
 import json
 import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cache import CorruptShardError, MtpdError, Plan, RecipeError, open_storage
+from cache import CorruptShardError, MtpdError, Plan, Policy, RecipeError, SampledPolicy, open_storage
 from services import demo as demonstration
 from services import maintain
-from services.precompute import FillResult, fill, plan_teacher, refuse_too_large, used_teachers
+from services.order import decided, decided_if_known, find_order, show_order
+from services.precompute import fill, plan_teacher, refuse_too_large, show_fill, used_teachers
 from services.present import complain, duration, say, size, table
+from services.report import write_report
 from services.train import ap, train
 from trainer import Recipe, StageResult, TargetSource, load_recipe, stage_config
 
@@ -41,7 +45,7 @@ def plan(
     force: Force = False,
 ) -> None:
     """Images, views, buckets, units and bytes of each teacher; exit code 1 if they do not fit the disk. Writes nothing."""
-    content = load_recipe(recipe)
+    content = decided_if_known(load_recipe(recipe))
     plans = [plan_teacher(content, name) for name in _teachers(content, teacher)]
     if as_json:
         typer.echo(json.dumps([_plan_record(p, len(content.policy)) for p in plans], indent=1))
@@ -55,12 +59,28 @@ def plan(
 @app.command()
 def precompute(recipe: RecipeFile, teacher: TeacherName = None, force: Force = False) -> None:
     """Fill the cache on the Ray cluster (a local one if there is none). Resumes by itself."""
-    content = load_recipe(recipe)
+    content = decided(load_recipe(recipe))
     results = [fill(content, name, force=force) for name in _teachers(content, teacher)]
     for result in results:
-        _show_fill(result)
+        show_fill(result)
     if any(result.failures for result in results):
         raise typer.Exit(1)
+
+
+@app.command()
+def order(
+    recipe: RecipeFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    force: Force = False,
+) -> None:
+    """Adaptation costs between student and teachers, the chosen sequence of teachers, and why. Computes what is missing."""
+    content = load_recipe(recipe)
+    if not as_json:
+        show_order(find_order(content, force=force))
+        return
+    with redirect_stdout(sys.stderr):  # how far the work is
+        found = find_order(content, force=force)
+    typer.echo(json.dumps(asdict(found), indent=1))
 
 
 @app.command("train")
@@ -70,7 +90,7 @@ def train_command(
     targets: Online = "cache",
 ) -> None:
     """Train the student through its stages, evaluate after each. Resumes by itself."""
-    content = load_recipe(recipe)
+    content = decided(load_recipe(recipe))
     if stage is not None and stage > len(content.stages):
         raise RecipeError(f"--stage {stage}: {recipe} has {len(content.stages)} stages.")
     stages = [stage] if stage is not None else range(1, len(content.stages) + 1)
@@ -79,14 +99,28 @@ def train_command(
 
 @app.command()
 def run(recipe: RecipeFile, force: Force = False) -> None:
-    """The whole job: precompute every teacher, train every stage, evaluate."""
-    content = load_recipe(recipe)
+    """The whole job: find the order of teachers if it is asked for, precompute them, train every stage, evaluate, report."""
+    content = decided(load_recipe(recipe), compute=True, force=force)
     fills = [fill(content, name, force=force) for name in used_teachers(content)]
     for result in fills:
-        _show_fill(result)
+        show_fill(result)
     if any(result.failures for result in fills):
         raise typer.Exit(1)
     _show_stages(train(content, range(1, len(content.stages) + 1)))
+    say(f"report: {write_report(Path(content.work_dir))}")
+
+
+@app.command()
+def report(
+    work_dir: Annotated[
+        Path, typer.Argument(metavar="WORK_DIR", help="A recipe's work_dir, or a folder of several to compare.")
+    ],
+    study: Annotated[Path | None, typer.Option("--study", help="Results of a study (JSON), to show its arms.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The page; WORK_DIR/report.html by default.")] = None,
+    images: Annotated[int, typer.Option("--images", min=0, help="Val images to run the detectors on.")] = 4,
+) -> None:
+    """One self-contained HTML page: AP of each stage, curves, cache, teacher forwards saved, pictures."""
+    say(f"report: {write_report(work_dir, study=study, out=out, images=images)}")
 
 
 @app.command()
@@ -94,7 +128,7 @@ def config(
     recipe: RecipeFile, stage: Annotated[int, typer.Option("--stage", min=1)], targets: Online = "cache"
 ) -> None:
     """Print a stage's resolved mmengine config, which mmdet's tools/train.py runs as it is."""
-    content = load_recipe(recipe)
+    content = decided(load_recipe(recipe))
     if stage > len(content.stages):
         raise RecipeError(f"--stage {stage}: {recipe} has {len(content.stages)} stages.")
     typer.echo(stage_config(content, stage, targets).pretty_text)
@@ -117,7 +151,7 @@ def verify(
     damaged = any(report.damages for report in reports)
     if repair:
         for result in maintain.mend(place, reports):
-            _show_fill(result)
+            show_fill(result)
     elif damaged:
         raise CorruptShardError(
             f"{place.storage.where()}: damaged. Run `mtpd verify {target} --repair`; rows that are not damaged stay."
@@ -182,6 +216,7 @@ def _plan_record(plan: Plan, views: int) -> dict[str, object]:
         "group": plan.info.name,
         "images": plan.total // views,
         "views": views,
+        "view_policy": plan.policy.to_json(),
         "rows": plan.total,
         "rows_to_compute": plan.todo,
         "units": sum(bucket.units for bucket in plan.buckets),
@@ -227,28 +262,17 @@ def _show_plan(plan: Plan, views: int) -> None:
         levels += f"; dense outputs {size(plan.dense_bytes())}"
     row_bytes = plan.stored_bytes / max(1, plan.total)
     say(f"{plan.total // views:,} images x {views} views = {plan.total:,} rows, {plan.todo:,} to compute")
+    say(f"views: {_views(plan.policy)}")
     say(f"{size(plan.stored_bytes)} as {plan.info.precision} ({levels})")
     say(f"training reads {size(row_bytes)} an image: {size(100 * row_bytes)}/s at 100 images/s\n")
 
 
-def _show_fill(result: FillResult) -> None:
-    if result.computed:
-        rate = result.computed / max(result.seconds, 1e-9)
-        say(
-            f"teacher {result.teacher}: {result.computed:,} rows in {duration(result.seconds)} ({rate:.1f} images/s, device busy "
-            f"{result.device_share:.0%}), {size(result.written_bytes)} written to {result.group}"
-        )
-    if not result.failures:
-        return
-    images = {failure.image_id: failure for failure in result.failures}
-    complain(
-        f"teacher {result.teacher}: {len(result.failures)} rows of {len(images)} images have no targets; all other rows are "
-        "committed. Mend or remove these images, then run the same command again:"
-    )
-    for failure in list(images.values())[:20]:
-        complain(f"  image {failure.image_id} ({failure.file_name}) {failure.reason}")
-    if len(images) > 20:
-        complain(f"  and {len(images) - 20} more")
+def _views(policy: Policy) -> str:
+    if isinstance(policy, SampledPolicy):
+        transforms = ", ".join(transform["type"] for transform in policy.record["pipeline"])
+        return f"sampled with seed {policy.record['seed']}, {policy.size[0]}x{policy.size[1]} (height x width): {transforms}"
+    scales = ", ".join(f"{long}x{short}" for long, short in policy.scales)
+    return f"resized into {scales}{', each also mirrored' if policy.mirrors else ''}"
 
 
 def _show_stages(results: list[StageResult]) -> None:

@@ -10,11 +10,14 @@ from cache import RecipeError
 from services import cluster
 from services.precompute import fill, plan_teacher, used_teachers
 from services.present import duration, say, size, table
+from services.report import write_report
 from services.train import ap, train
-from trainer import Recipe, StageResult, generate, parse_recipe
+from trainer import Recipe, SceneOptions, StageResult, generate, parse_recipe
 
 _ROOT = Path(__file__).parent.parent
 _TRAIN_SCENES, _VAL_SCENES, _SEED = 300, 200, 0
+# few, large objects: a student finds some of them after few epochs
+_SCENES = SceneOptions(max_objects=4, min_size=0.2, clutter=3.0)
 _FIRST_VAL_ID = 1_000_001  # behind every scene that the teachers were trained on
 
 
@@ -51,6 +54,7 @@ def run(work_dir: Path) -> None:
         f"  running the teachers beside the students would have made {used:,}: {used - made:,} saved ({1 - made / used:.0%})"
     )
     say(f"cache: {size(sum(result.stored_bytes for result in fills))} in {progressive.cache.uri}")
+    say(f"report: {write_report(work_dir)}")
     say(f"the demo took {duration(time.monotonic() - started)}; everything is in {work_dir}")
 
 
@@ -58,8 +62,8 @@ def _draw(folder: Path) -> None:
     if (folder / "annotations" / "val.json").exists():
         return
     say(f"drawing {_TRAIN_SCENES} scenes to train on and {_VAL_SCENES} to evaluate on")
-    generate(folder, "train", _TRAIN_SCENES, seed=_SEED)
-    generate(folder, "val", _VAL_SCENES, seed=_SEED, first_id=_FIRST_VAL_ID)
+    generate(folder, "train", _TRAIN_SCENES, seed=_SEED, options=_SCENES)
+    generate(folder, "val", _VAL_SCENES, seed=_SEED, first_id=_FIRST_VAL_ID, options=_SCENES)
 
 
 def _arms(work_dir: Path) -> dict[str, Recipe]:
@@ -83,8 +87,8 @@ def _arms(work_dir: Path) -> dict[str, Recipe]:
     epochs = sum(stage["epochs"] for stage in stages)
     arms = {
         "student alone": ([{"epochs": epochs}], False),
-        "last teacher directly": ([{**stages[-1], "epochs": epochs}], True),
-        "progressive": (stages, True),
+        "last teacher directly": ([{**stages[-1], "epochs": epochs}], content["student"]["inherit"]),
+        "progressive": (stages, content["student"]["inherit"]),
     }
     return {
         name: parse_recipe(

@@ -26,6 +26,7 @@ from cache import (
     verify,
     whole_group,
 )
+from services.order import decided_if_known
 from services.precompute import FillResult, fill, used_teachers
 from services.present import complain, say, size, table
 from trainer import Recipe, SampleReport, compare_sample, load_recipe, stage_dir, teacher_info
@@ -59,7 +60,7 @@ def open_target(target: str) -> Target:
         RecipeError: neither.
     """
     if target.endswith((".yaml", ".yml")):
-        recipe = load_recipe(target)
+        recipe = decided_if_known(load_recipe(target))
         return Target(open_storage(recipe.cache.uri), recipe)
     if "://" not in target and not Path(target).is_dir():
         raise RecipeError(f"{target}: neither a recipe (.yaml) nor a cache: there is no such folder.")

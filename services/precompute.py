@@ -20,8 +20,9 @@ from cache import (
 from services import cluster
 from services.actor import ActorJob, TeacherActor
 from services.pool import Pool, SetAside
-from services.present import Progress, say, size
-from trainer import Failure, Recipe, head_file, read_annotations, teacher_info
+from services.present import Progress, complain, duration, say, size
+from services.records import keep_recipe, record_fill
+from trainer import Failure, OrderRows, Recipe, head_file, read_annotations, teacher_info
 
 # the manifest's parts are folded when so many are new, and a quarter of those folded before: work stays linear in units
 _PARTS = 256
@@ -52,8 +53,8 @@ class FillResult:
 
 
 def used_teachers(recipe: Recipe) -> list[str]:
-    """The teachers of the recipe's stages, each once, in order."""
-    return list(dict.fromkeys(name for stage in recipe.stages for name in stage.teachers))
+    """The teachers of the recipe's stages, each once, in order; all where the stages are not known yet."""
+    return list(dict.fromkeys(name for stage in recipe.possible_stages for name in stage.teachers))
 
 
 def plan_teacher(recipe: Recipe, teacher: str) -> Plan:
@@ -61,11 +62,12 @@ def plan_teacher(recipe: Recipe, teacher: str) -> Plan:
     return _plan(recipe, open_storage(recipe.cache.uri), teacher_info(recipe, teacher))
 
 
-def fill(recipe: Recipe, teacher: str, *, force: bool = False) -> FillResult:
+def fill(recipe: Recipe, teacher: str, *, force: bool = False, rows: OrderRows | None = None) -> FillResult:
     """Compute and commit every row of one teacher that is not committed yet.
 
     Args:
         force: begin even if the plan does not fit the disk.
+        rows: only these; a later call for all goes on from them.
 
     Raises:
         LeaseHeldError: another run writes this teacher's targets.
@@ -76,9 +78,11 @@ def fill(recipe: Recipe, teacher: str, *, force: bool = False) -> FillResult:
     cluster.refuse_temporary_paths(recipe)
     info = teacher_info(recipe, teacher)
     storage = open_storage(recipe.cache.uri)
+    if rows is None:  # else it is the order's recipe, in which the student is among the teachers
+        keep_recipe(recipe)
     with Lease(storage, info.name) as lease:
         compact(storage, info)
-        plan = _plan(recipe, storage, info)
+        plan = _plan(recipe, storage, info, rows)
         if plan.todo == 0:
             say(f"teacher {teacher}: all {plan.total:,} rows are in the cache")
             return FillResult(teacher, info.name, plan.total, 0, (), 0, plan.stored_bytes, 0.0, 0.0)
@@ -93,7 +97,7 @@ def fill(recipe: Recipe, teacher: str, *, force: bool = False) -> FillResult:
     return result
 
 
-def _plan(recipe: Recipe, storage: Storage, info: GroupInfo) -> Plan:
+def _plan(recipe: Recipe, storage: Storage, info: GroupInfo, rows: OrderRows | None = None) -> Plan:
     images = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").images
     return make_plan(
         images,
@@ -101,13 +105,14 @@ def _plan(recipe: Recipe, storage: Storage, info: GroupInfo) -> Plan:
         info,
         committed=load_index(storage, info),
         unit_rows=recipe.cache.unit_rows,
+        wanted=None if rows is None else rows.wanted(images.ids, len(recipe.policy)),
     )
 
 
 def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: float) -> FillResult:
     teacher = plan.info.teacher
     job = ActorJob(
-        recipe.cache.uri, lease.run, plan.info, recipe.teachers[teacher], recipe.policy, recipe.dataset.train.img_dir
+        recipe.cache.uri, lease.run, plan.info, recipe.teachers[teacher], recipe.policy, recipe.dataset.train
     )
     cluster.connect()
     actors = min(recipe.actors.max, plan.todo_units)
@@ -135,11 +140,21 @@ def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: fl
                     folded, parts = folded + compact(storage, plan.info), 0
         finally:
             pool.close()
-    now = time.monotonic()
-    share = device_seconds / max(1e-9, actors * (now - (pool.begun or now)))
-    return FillResult(
-        teacher, plan.info.name, plan.total, computed, tuple(failures), written, plan.stored_bytes, now - started, share
-    )
+            now = time.monotonic()
+            share = device_seconds / max(1e-9, actors * (now - (pool.begun or now)))
+            result = FillResult(
+                teacher,
+                plan.info.name,
+                plan.total,
+                computed,
+                tuple(failures),
+                written,
+                plan.stored_bytes,
+                now - started,
+                share,
+            )
+            record_fill(recipe, result)  # of a run that was interrupted too: what it committed stays
+    return result
 
 
 def refuse_too_large(storage: Storage, plans: Sequence[Plan]) -> None:
@@ -155,3 +170,29 @@ def refuse_too_large(storage: Storage, plans: Sequence[Plan]) -> None:
             "another disk, store fewer levels (teachers.NAME.levels), pool the finest (teachers.NAME.pool), use int4 or fewer "
             "views, or pass --force."
         )
+
+
+def show_fill(result: FillResult) -> None:
+    """One line on what was computed, and the images that could not be."""
+    if result.computed:
+        rate = result.computed / max(result.seconds, 1e-9)
+        say(
+            f"teacher {result.teacher}: {result.computed:,} rows in {duration(result.seconds)} ({rate:.1f} images/s, device busy "
+            f"{result.device_share:.0%}), {size(result.written_bytes)} written to {result.group}"
+        )
+    show_failures(result)
+
+
+def show_failures(result: FillResult) -> None:
+    """The images without targets, and why."""
+    if not result.failures:
+        return
+    images = {failure.image_id: failure for failure in result.failures}
+    complain(
+        f"teacher {result.teacher}: {len(result.failures)} rows of {len(images)} images have no targets; all other rows are "
+        "committed. Mend or remove these images, then run the same command again:"
+    )
+    for failure in list(images.values())[:20]:
+        complain(f"  image {failure.image_id} ({failure.file_name}) {failure.reason}")
+    if len(images) > 20:
+        complain(f"  and {len(images) - 20} more")

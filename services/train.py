@@ -10,6 +10,7 @@ from ray.train.torch import TorchTrainer
 from cache import MtpdError
 from services import cluster
 from services.present import duration, say
+from services.records import keep_recipe
 from trainer import Recipe, StageResult, TargetSource, open_stage, stage_dir, train_stage
 
 
@@ -27,6 +28,7 @@ def train(
         MtpdError: an error that the user can mend.
     """
     cluster.refuse_temporary_paths(recipe)
+    keep_recipe(recipe)
     return [_train_stage(recipe, stage, targets, quiet) for stage in stages]
 
 

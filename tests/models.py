@@ -43,6 +43,45 @@ _ROI_HEAD = {
     "model.roi_head.mask_head.num_classes": 6,
     "model.roi_head.mask_head.num_convs": 1,
 }
+_BOX_ROI_HEAD = {key: value for key, value in _ROI_HEAD.items() if "mask" not in key}
+_MOBILENET = {
+    "model.backbone": {
+        "_delete_": True,
+        "type": "MobileNetV2",
+        "widen_factor": 0.25,
+        "out_indices": [1, 2, 4, 6],  # strides 4, 8, 16, 32
+    },
+    "model.neck.in_channels": [8, 8, 24, 80],
+}
+_DENSE_HEAD = {**_RETINA_HEAD, "model.neck.out_channels": 16}
+_GROUPED_HEAD = {**_DENSE_HEAD, "model.bbox_head.norm_cfg": {"type": "GN", "num_groups": 4, "requires_grad": True}}
+_REPPOINTS_HEAD = {
+    **_GROUPED_HEAD,
+    "model.bbox_head.point_feat_channels": 16,
+    "model.neck.norm_cfg.num_groups": 4,
+}
+# a basic block has no deformable convolutions: these need bottlenecks
+_RESNET50 = {
+    **_RESNET,
+    "model.backbone.depth": 50,
+    "model.backbone.base_channels": 8,
+    "model.neck.in_channels": [32, 64, 128, 256],
+}
+_CASCADE_HEAD = {
+    **{key: value for key, value in _ROI_HEAD.items() if ".bbox_head." not in key and ".mask_head." not in key},
+    **{
+        f"model.roi_head.bbox_head.{stage}.{key}": value
+        for stage in range(3)
+        for key, value in (("in_channels", 16), ("fc_out_channels", 32), ("num_classes", 6))
+    },
+}
+_CASCADE_MASKS = {"in_channels": 16, "conv_out_channels": 16, "num_classes": 6, "num_convs": 1}
+_HTC_SEMANTICS = {
+    "model.roi_head.semantic_roi_extractor.out_channels": 16,
+    "model.roi_head.semantic_head.in_channels": 16,
+    "model.roi_head.semantic_head.conv_out_channels": 16,
+    "model.roi_head.semantic_head.num_convs": 1,
+}
 _DINO = {
     "model.num_queries": 60,
     "model.backbone.base_channels": 8,
@@ -76,6 +115,48 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         {**_SWIN, **_FPN, **_ROI_HEAD, "model.neck.in_channels": [8, 16, 32, 64]},
     ),
     "mask-rcnn-r18": ("mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", {**_RESNET, **_FPN, **_ROI_HEAD}),
+    "gfl-r18": ("mmdet::gfl/gfl_r50_fpn_1x_coco.py", {**_RESNET, **_GROUPED_HEAD}),
+    # maps of 24 channels, so that students of 16 need adapters
+    "atss-r18": (
+        "mmdet::atss/atss_r50_fpn_1x_coco.py",
+        {**_RESNET, **_GROUPED_HEAD, "model.neck.out_channels": 24, "model.bbox_head.in_channels": 24},
+    ),
+    # its config is a caffe one: BGR, its own means, deviations of 1
+    "fcos-r18": ("mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py", {**_RESNET, **_GROUPED_HEAD}),
+    "reppoints-r18": (
+        "mmdet::reppoints/reppoints-moment_r50_fpn-gn_head-gn_1x_coco.py",
+        {**_RESNET, **_REPPOINTS_HEAD},
+    ),
+    "faster-rcnn-r18": ("mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", {**_RESNET, **_FPN, **_BOX_ROI_HEAD}),
+    "cascade-rcnn-r18": (
+        "mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py",
+        {**_RESNET, **_FPN, **{k: v for k, v in _CASCADE_HEAD.items() if "mask" not in k}},
+    ),
+    "cascade-mask-rcnn-dcn": (
+        "mmdet::dcn/cascade-mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py",
+        {
+            **_RESNET50,
+            **_FPN,
+            **_CASCADE_HEAD,
+            **{f"model.roi_head.mask_head.{key}": value for key, value in _CASCADE_MASKS.items()},
+        },
+    ),
+    "htc-r18": (
+        "mmdet::htc/htc_r50_fpn_1x_coco.py",
+        {
+            **_RESNET,
+            **_FPN,
+            **_CASCADE_HEAD,
+            **_HTC_SEMANTICS,
+            **{
+                f"model.roi_head.mask_head.{stage}.{key}": value
+                for stage in range(3)
+                for key, value in _CASCADE_MASKS.items()
+            },
+        },
+    ),
+    "retinanet-mobilenet": ("mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", {**_DENSE_HEAD, **_MOBILENET}),
+    "mask-rcnn-mobilenet": ("mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", {**_FPN, **_ROI_HEAD, **_MOBILENET}),
     "dino-r18": ("mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py", _DINO),
 }
 

@@ -18,10 +18,23 @@ from trainer.annotations import Annotations, read_annotations
 from trainer.compute import Failure, UnitComputer
 from trainer.dataset import ViewedDataset, ViewSampler, epoch_order
 from trainer.distiller import Distiller
+from trainer.evaluate import evaluate_teacher, refuse_other_classes
 from trainer.mechanisms import Batch
 from trainer.needs import Needs, needs_of
-from trainer.recipe import Recipe, StageSpec, TeacherSpec, load_recipe, parse_recipe
+from trainer.order import (
+    STUDENT,
+    Cost,
+    OrderRows,
+    Selection,
+    adaptation_costs,
+    choose_rows,
+    select_teachers,
+    with_candidates,
+)
+from trainer.pictures import LEAST_SCORE, Energy, Picture, Pictures, SeenObject, Sight, take_pictures
+from trainer.recipe import Recipe, SplitSpec, StageSpec, TeacherSpec, load_recipe, parse_recipe
 from trainer.sample import Agreement, SampleReport, compare_sample
+from trainer.sampled import ApplySampledView
 from trainer.scenes import CLASSES, SceneOptions, generate
 from trainer.stage import StageResult, open_stage, train_stage
 from trainer.stage_config import TargetSource, stage_config, stage_dir, teacher_info
@@ -31,19 +44,31 @@ from trainer.transforms import ApplyView, LoadTeacherTargets
 
 __all__ = [
     "CLASSES",
+    "LEAST_SCORE",
+    "STUDENT",
     "Agreement",
     "Annotations",
+    "ApplySampledView",
     "ApplyView",
     "Batch",
     "CachedMaps",
+    "Cost",
     "Distiller",
+    "Energy",
     "Failure",
     "LiveMaps",
     "LoadTeacherTargets",
     "Needs",
+    "OrderRows",
+    "Picture",
+    "Pictures",
     "Recipe",
     "SampleReport",
     "SceneOptions",
+    "SeenObject",
+    "Selection",
+    "Sight",
+    "SplitSpec",
     "StageResult",
     "StageSpec",
     "TargetSource",
@@ -54,10 +79,13 @@ __all__ = [
     "UnitComputer",
     "ViewSampler",
     "ViewedDataset",
+    "adaptation_costs",
     "assemble",
+    "choose_rows",
     "compare_sample",
     "describe",
     "epoch_order",
+    "evaluate_teacher",
     "fingerprint_record",
     "generate",
     "head_file",
@@ -67,8 +95,12 @@ __all__ = [
     "parse_recipe",
     "pool_student",
     "read_annotations",
+    "refuse_other_classes",
+    "select_teachers",
     "stage_config",
     "stage_dir",
+    "take_pictures",
     "teacher_info",
     "train_stage",
+    "with_candidates",
 ]

@@ -1,8 +1,11 @@
 """The parts of a COCO annotation file that the plan needs."""
 
+import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,3 +62,31 @@ def read_annotations(path: str | Path, key: str) -> Annotations:
     images = Images(ids, sizes[:, 1].copy(), sizes[:, 2].copy(), names)
     classes = tuple(str(category["name"]) for category in categories)
     return Annotations(images, classes, bool(objects) and all(o.get("segmentation") for o in objects))
+
+
+def annotations_digest(path: str | Path) -> str:
+    """SHA-256 (hex) of all in a COCO annotation file that a pipeline with annotations can depend on, in the order of the file.
+
+    These are of each image id, file_name, width and height; of each object image_id, category_id, bbox, area, iscrowd, ignore
+    and segmentation; of each category id and name. Whatever else is in the file may change.
+    """
+    status = Path(path).stat()
+    return _digest(str(path), status.st_mtime_ns, status.st_size)
+
+
+_DECIDING = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("image_id", "category_id", "bbox", "area", "iscrowd", "ignore", "segmentation"),
+    "categories": ("id", "name"),
+}
+
+
+@lru_cache(maxsize=8)
+def _digest(path: str, _mtime_ns: int, _size: int) -> str:
+    content: dict[str, Any] = json.loads(Path(path).read_bytes())
+    digest = hashlib.sha256()
+    for part, keys in _DECIDING.items():
+        for entry in content.get(part, ()):
+            digest.update(json.dumps([entry.get(key) for key in keys], separators=(",", ":")).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()

@@ -7,13 +7,30 @@ from itertools import groupby
 from pathlib import Path
 
 import google_crc32c
-import mmcv
 import numpy as np
 import torch
+from mmdet.registry import TRANSFORMS
 
-from cache import DenseArrays, DenseLevel, Detections, Encoded, GroupInfo, Row, RowTargets, Unit, ViewPolicy, encode
+from cache import (
+    DenseArrays,
+    DenseLevel,
+    Detections,
+    Encoded,
+    GroupInfo,
+    Policy,
+    Row,
+    RowTargets,
+    SampledPolicy,
+    Unit,
+    encode,
+)
+from trainer.images import UnusableImageError, read_image
+from trainer.recipe import SplitSpec
 from trainer.teacher import Teacher
-from trainer.transforms import ApplyView
+from trainer.transforms import view_config
+
+# rows whose sampled views are made twice before anything is written
+_REPLAYED = 8
 
 
 @dataclass(frozen=True)
@@ -32,7 +49,7 @@ class Pixels:
 
     Attributes:
         image: (3, h, w) uint8, BGR, not padded.
-        crc32c: checksum of the image file's bytes.
+        crc32c: checksum of the image file's bytes, followed by those of the files that the view mixes in.
     """
 
     row: Row
@@ -46,21 +63,30 @@ class UnitComputer:
     Args:
         teacher: on its device.
         info: the group that the targets are for.
-        img_dir: folder of the images.
+        split: annotation file and folder of the images.
         batch_size: views in one forward pass.
         decoders: threads that decode.
     """
 
     def __init__(
-        self, teacher: Teacher, info: GroupInfo, policy: ViewPolicy, img_dir: str, batch_size: int, decoders: int = 1
+        self, teacher: Teacher, info: GroupInfo, policy: Policy, split: SplitSpec, batch_size: int, decoders: int = 1
     ) -> None:
         self._teacher, self._info, self._batch_size = teacher, info, batch_size
-        self._img_dir = Path(img_dir)
-        self._view = ApplyView([list(scale) for scale in policy.scales], policy.flip)
+        self._img_dir = Path(split.img_dir)
+        self._view = TRANSFORMS.build(view_config(policy, split.ann_file, split.img_dir))
+        self._sampled = isinstance(policy, SampledPolicy)
+        self._replay_checked = not self._sampled
         self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
 
     def decode(self, unit: Unit) -> tuple[list[Pixels], list[Failure]]:
-        """Read a unit's images, each once, and make their views. Images that cannot be used are returned as failures."""
+        """Read a unit's images, each once, and make their views. Images that cannot be used are returned as failures.
+
+        Raises:
+            RecipeError: a sampled view made twice differs; some views of the first unit are checked.
+        """
+        if not self._replay_checked:
+            self._replay_checked = True
+            self._view.check_replay([(row.image_id, row.view) for row in unit.rows[:_REPLAYED]])
         return self.decode_rows(unit.rows)
 
     def decode_rows(self, rows: Sequence[Row]) -> tuple[list[Pixels], list[Failure]]:
@@ -102,33 +128,42 @@ class UnitComputer:
         return targets, unusable + refused
 
     def _decode_image(self, rows: list[Row]) -> tuple[list[Pixels], list[Failure]]:
+        if self._sampled:
+            return self._sample_image(rows)
         first = rows[0]
         try:
-            content = (self._img_dir / first.file_name).read_bytes()
-        except OSError as error:
-            return [], [_failure(row, f"cannot be read: {error.strerror}") for row in rows]
-        try:
-            image = mmcv.imfrombytes(content)  # as mmdet's LoadImageFromFile decodes it
-        except Exception as error:  # noqa: BLE001 - decoders raise what they like on damaged files
-            return [], [_failure(row, f"cannot be decoded: {error}") for row in rows]
-        if image is None:
-            return [], [_failure(row, "cannot be decoded") for row in rows]
-        height, width = image.shape[:2]
-        if (width, height) != (first.width, first.height):
-            reason = f"is {width}x{height}, the annotation file says {first.width}x{first.height}"
-            return [], [_failure(row, reason) for row in rows]
+            image, content = read_image(self._img_dir / first.file_name, first.width, first.height)
+        except UnusableImageError as error:
+            return [], [_failure(row, str(error)) for row in rows]
         crc = int(google_crc32c.value(content))
         return [Pixels(row, self._make_view(image, row), crc) for row in rows], []
 
+    def _sample_image(self, rows: list[Row]) -> tuple[list[Pixels], list[Failure]]:
+        try:
+            loaded = self._view.load(rows[0].image_id)
+        except UnusableImageError as error:
+            return [], [_failure(row, str(error)) for row in rows]
+        views, failures = [], []
+        for row in rows:
+            try:
+                made = self._view.make(loaded, row.view)
+            except UnusableImageError as error:
+                failures.append(_failure(row, str(error)))
+            else:
+                views.append(Pixels(row, _as_tensor(made["img"], row), made["files_crc32c"]))
+        return views, failures
+
     def _make_view(self, image: np.ndarray, row: Row) -> torch.Tensor:
-        view = self._view({"img": image, "img_shape": image.shape[:2], "ori_shape": image.shape[:2], "view": row.view})[
-            "img"
-        ]
-        if view.shape[:2] != (row.view_height, row.view_width):
-            raise RuntimeError(
-                f"view {row.view} of {row.file_name} is {view.shape[:2]}, planned {row.view_height, row.view_width}"
-            )
-        return torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1)))
+        made = self._view({"img": image, "img_shape": image.shape[:2], "ori_shape": image.shape[:2], "view": row.view})
+        return _as_tensor(made["img"], row)
+
+
+def _as_tensor(view: np.ndarray, row: Row) -> torch.Tensor:
+    if view.shape[:2] != (row.view_height, row.view_width):
+        raise RuntimeError(
+            f"view {row.view} of {row.file_name} is {view.shape[:2]}, planned {row.view_height, row.view_width}"
+        )
+    return torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1)))
 
 
 def _failure(row: Row, reason: str) -> Failure:

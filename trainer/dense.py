@@ -126,6 +126,25 @@ def decode(head: nn.Module, level: int, indices: Tensor, shape: tuple[int, ...],
     return head.bbox_coder.decode(priors, terms)
 
 
+def place(dense: DenseLevel, size: tuple[int, int]) -> tuple[Tensor, Tensor | slice]:
+    """Where a teacher's stored positions lie in a student's map, which its batch may have padded wider.
+
+    Args:
+        size: rows and columns of the student's map.
+
+    Returns:
+        The positions that it has, flat, and which of the stored ones these are.
+    """
+    rows, columns, anchors = dense.shape
+    cells, anchor = dense.indices // anchors, dense.indices % anchors
+    y, x = cells // columns, cells % columns
+    positions = (y * size[1] + x) * anchors + anchor
+    if rows <= size[0] and columns <= size[1]:
+        return positions, slice(None)
+    inside = (y < size[0]) & (x < size[1])
+    return positions[inside], inside
+
+
 def same_priors(first: nn.Module, second: nn.Module) -> bool:
     """Whether two heads predict at the same places: equal strides and anchors."""
     if strides(first) != strides(second):

@@ -2,9 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from mmdet.registry import MODELS
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
@@ -37,6 +40,10 @@ class Distiller(BaseModel):
         capture: modules of the student whose maps are matched.
         checkpoint: weights of the student to start from.
         inherit_from: a teacher's checkpoint whose neck and heads the student takes over.
+        input_scale: the student's inputs are the views resized by this factor; targets are of the whole views.
+
+    Attributes:
+        input_scale: multiplies boxes in pixels of a view into boxes in pixels of the student's input.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class Distiller(BaseModel):
         capture: Sequence[str] = ("neck",),
         checkpoint: str | None = None,
         inherit_from: str | None = None,
+        input_scale: float = 1.0,
     ) -> None:
         detector = MODELS.build(student)
         if getattr(detector.data_preprocessor, "batch_augments", None):
@@ -65,6 +73,7 @@ class Distiller(BaseModel):
         super().__init__(data_preprocessor=preprocessor)
         self.student = detector
         self.capture = list(capture) if mechanisms else []
+        self.input_scale = input_scale
         self._checkpoint, self._inherit_from = checkpoint, inherit_from
         self.mechanisms = nn.ModuleDict()
         self._of_teacher: dict[str, dict[str, str]] = {}  # per teacher: the loss's name -> its mechanism's
@@ -78,8 +87,10 @@ class Distiller(BaseModel):
             }
         if not mechanisms:
             return
-        ours = measure_levels(self.student, self.capture, "student.capture")
-        self._level_names = [level.name for level in ours]
+        measured = measure_levels(self.student, self.capture, "student.capture")
+        self._level_names = [level.name for level in measured]
+        # in pixels of the view a reduced student's strides are larger than their names say
+        ours = [replace(level, stride=round(level.stride / input_scale)) for level in measured]
         for place, (teacher, given) in enumerate(teachers.items()):
             theirs = [Level(name, *map(int, numbers)) for name, numbers in given["levels"].items()]
             self._windows[teacher] = {level.name: level.pool for level in theirs}
@@ -127,6 +138,8 @@ class Distiller(BaseModel):
             batch = self._batch(teacher, given, maps, inputs, samples, made)
             for loss, own in mechanisms.items():
                 losses[loss] = self.mechanisms[own](batch) / len(self._of_teacher)
+                for metric, value in self.mechanisms[own].metrics().items():
+                    losses[f"{metric}_{loss.removeprefix('loss_')}"] = inputs.new_tensor(value)
         return losses
 
     def _batch(
@@ -142,9 +155,12 @@ class Distiller(BaseModel):
         mechanisms: list[Mechanism] = [self.mechanisms[own] for own in self._of_teacher[teacher].values()]
         ours, targets, valid = dict(maps), {}, {}
         for level in {level for mechanism in mechanisms for level in mechanism.pairs}:
-            own = [one.map_sizes[level] for one in given]
-            ours[level] = pool_student(maps[level], own, self._windows[teacher][level])
-            targets[level], valid[level] = assemble(given, level, ours[level].shape[-2:])
+            own, window = [one.map_sizes[level] for one in given], self._windows[teacher][level]
+            # rows and columns that the student's map would have if it saw the whole views
+            whole = [round(side / self.input_scale) for side in maps[level].shape[-2:]]
+            if window > 1:
+                ours[level] = pool_student(_enlarged(maps[level], whole), own, window)
+            targets[level], valid[level] = assemble(given, level, (-(-whole[0] // window), -(-whole[1] // window)))
         head = self._heads.get(teacher)
         return Batch(
             maps=ours,
@@ -156,8 +172,11 @@ class Distiller(BaseModel):
             features=tuple(made["features"]),
             head_outputs=made.get("head"),
             dense=[one.dense for one in given] if "dense" in self._needs else None,
-            detections=[one.detections for one in given] if "detections" in self._needs else None,
+            detections=[one.detections.resized(self.input_scale) for one in given]
+            if "detections" in self._needs
+            else None,
             teacher_head=None if head is None else head.to(inputs.device),
+            input_scale=self.input_scale,
         )
 
 
@@ -179,7 +198,8 @@ class _Preprocessor(nn.Module):
         cached: Mapping[str, Sequence[CachedMaps]] = data.pop("teacher_maps", {})
         maps: dict[str, Sequence[TeacherMaps]] = {}
         if training:
-            maps = {name: [self._look(name, image) for image in data["inputs"]] for name in self._teachers}
+            views = _whole_views(data) if self._teachers else []
+            maps = {name: [self._look(name, view) for view in views] for name in self._teachers}
         data = self.student(data, training)
         if training:
             # from pinned memory the copies run beside the computation
@@ -202,6 +222,20 @@ class _Preprocessor(nn.Module):
             output.dense[0] if output.dense else {},
             output.detections[0] if self._detect else None,
         )
+
+
+def _whole_views(data: Mapping[str, Any]) -> list[Tensor]:
+    """The pixels (3, h, w) of a batch's views: the inputs, or what was kept of them before they were resized."""
+    kept = [sample.metainfo.get("whole_view") for sample in data["data_samples"]]
+    return [
+        image if view is None else torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1)))
+        for image, view in zip(data["inputs"], kept, strict=True)
+    ]
+
+
+def _enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:
+    same = list(maps.shape[-2:]) == list(size)
+    return maps if same else F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
 
 
 def _live(name: str, spec: dict[str, Any], top_k: int) -> Teacher:

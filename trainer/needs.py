@@ -43,7 +43,7 @@ def needs_of(recipe: Recipe, teacher: str, stage: int | None = None) -> Needs:
         RecipeError: a mechanism finds no level that student and teacher have in common.
     """
     spec = recipe.teachers[teacher]
-    stages = recipe.stages if stage is None else recipe.stages[stage - 1 : stage]
+    stages = recipe.possible_stages if stage is None else recipe.stages[stage - 1 : stage]
     wanted = [mechanism for one in stages if teacher in one.teachers for mechanism in one.mechanisms]
     needs = {need for mechanism in wanted for need in MECHANISMS.get(mechanism["type"]).needs}
     if not wanted or (stage is None and spec.levels is not None):

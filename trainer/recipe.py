@@ -1,6 +1,6 @@
 """The recipe's schema. Everything that can be known to be wrong is refused here, before anything runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +16,11 @@ from pydantic import (
     model_validator,
 )
 
-from cache import Compression, Precision, RecipeError, ViewPolicy
+from cache import Compression, Policy, Precision, RecipeError, SampledPolicy, ViewPolicy
+from trainer.annotations import annotations_digest
 from trainer.config import resolve
-from trainer.mechanisms import check_mechanism
+from trainer.mechanisms import MECHANISMS, check_mechanism
+from trainer.sampled import build_pipeline
 
 
 def _existing_file(value: Any) -> Any:
@@ -51,13 +53,29 @@ def _mechanism(value: Any) -> Any:
     return value
 
 
+def _pipeline(value: Any) -> Any:
+    if not isinstance(value, list) or not value or not all(isinstance(one, dict) and "type" in one for one in value):
+        raise ValueError("a pipeline is a list of mmdet transforms, each a mapping with a `type`")
+    build_pipeline(value)
+    return value
+
+
 def _scales(value: Any) -> Any:
     return [value] if isinstance(value, list) and value and not isinstance(value[0], list) else value
+
+
+def _stages(value: Any) -> Any:
+    if value == "auto":
+        return ()
+    if isinstance(value, list | tuple) and not value:
+        raise ValueError("at least one stage, or auto")
+    return value
 
 
 ExistingFile = Annotated[str, BeforeValidator(_existing_file)]
 ExistingFolder = Annotated[str, BeforeValidator(_existing_folder)]
 ConfigName = Annotated[str, BeforeValidator(_config)]
+PipelineSpec = Annotated[list[dict[str, Any]], BeforeValidator(_pipeline)]
 MechanismSpec = Annotated[dict[str, Any], BeforeValidator(_mechanism)]
 Scale = tuple[PositiveInt, PositiveInt]
 
@@ -80,15 +98,63 @@ class DatasetSpec(_Spec):
     val: SplitSpec
 
 
+class SampledSpec(_Spec):
+    """Views that a pipeline draws.
+
+    Attributes:
+        pipeline: mmdet transforms between loading and packing, with their random choices.
+        count: views of an image.
+        size: (height, width) in pixels; every view is padded to it at the right and bottom, none may be larger.
+        seed: another seed draws other views.
+        pad: value of the padding in all three channels. The padding is part of the view.
+        masks: load masks too: for transforms that paste objects, and for students that train on masks.
+        val_scale: (long edge, short edge) into which validation images are resized; by default as the student's config says.
+    """
+
+    pipeline: PipelineSpec
+    count: PositiveInt
+    size: tuple[PositiveInt, PositiveInt]
+    seed: int = 0
+    pad: Annotated[int, Field(ge=0, le=255)] = 114
+    masks: bool = False
+    val_scale: Scale | None = None
+
+
 class ViewsSpec(_Spec):
-    """Which views of an image exist: one or several scales (long edge, short edge in pixels), with or without flip."""
+    """Which views of an image exist.
 
-    scale: Annotated[tuple[Scale, ...], BeforeValidator(_scales), Field(min_length=1)]
+    Attributes:
+        scale, flip: one or several scales (long edge, short edge in pixels), with or without flip.
+        sampled: instead of these, what a pipeline draws.
+    """
+
+    scale: Annotated[tuple[Scale, ...], BeforeValidator(_scales), Field(min_length=1)] | None = None
     flip: Literal["both", "none"] = "both"
+    sampled: SampledSpec | None = None
 
-    def policy(self) -> ViewPolicy:
-        """The policy that gives each view its number."""
-        return ViewPolicy(self.scale, self.flip)
+    @model_validator(mode="after")
+    def _one_kind(self) -> "ViewsSpec":
+        if (self.scale is None) == (self.sampled is None):
+            raise ValueError("views are either `scale` (with `flip`) or `sampled`: give exactly one of the two")
+        if self.sampled is not None and "flip" in self.model_fields_set:
+            raise ValueError("flip belongs to `scale`; sampled views flip by a RandomFlip in their pipeline")
+        return self
+
+    @property
+    def evaluation_scale(self) -> Scale | None:
+        """Into which val images are resized: the largest scale of the views; None leaves it to the student's config."""
+        if self.scale is None:
+            return self.sampled.val_scale if self.sampled else None
+        return max(self.scale, key=lambda scale: scale[0] * scale[1])
+
+    def policy(self, ann_file: str) -> Policy:
+        """The policy that gives each view its number. Sampled views depend on the annotations, whose digest is part of it."""
+        if self.scale is not None:
+            return ViewPolicy(self.scale, self.flip)
+        assert self.sampled is not None
+        record = self.sampled.model_dump(mode="json", exclude={"count", "size", "val_scale"})
+        record["annotations_sha256"] = annotations_digest(ann_file)
+        return SampledPolicy(self.sampled.count, self.sampled.size, record)
 
 
 class CacheSpec(_Spec):
@@ -145,6 +211,8 @@ class TeacherSpec(_Spec):
         pool: levels stored as averages over windows, ``{P3: 2}`` for windows of 2 x 2; the student's map is averaged alike.
         autocast: dtype of the forward pass; float32 where it is null.
         batch_size: views in one forward pass.
+        ap: box AP in points on the val set, for the order of teachers. By default the teacher is evaluated, which needs
+            heads of the data set's classes; what is given here is believed.
     """
 
     config: ConfigName
@@ -156,6 +224,7 @@ class TeacherSpec(_Spec):
     pool: dict[str, Annotated[int, Field(ge=2, le=16)]] = {}
     autocast: Literal["bfloat16", "float16"] | None = None
     batch_size: PositiveInt = 1
+    ap: Annotated[float, Field(ge=0, le=100)] | None = None
 
 
 class StudentSpec(_Spec):
@@ -163,16 +232,25 @@ class StudentSpec(_Spec):
 
     Attributes:
         checkpoint: weights to start from; with null its config's ``init_cfg`` decides.
-        inherit: copy the neck and heads of the first stage's teacher (the first of several) into the student where names and
-            shapes agree.
+        inherit: copy a teacher's neck and heads into the student where names and shapes agree: those of the teacher named, or
+            with ``true`` of the first stage's (the first of several), as the official MTPD does.
         capture: modules whose maps are matched with the teacher's levels.
+        input_scale: the student sees its views resized by this factor, in training and evaluation; the teacher's targets stay
+            those of the whole view, and its maps are matched level by level with the student's, enlarged.
     """
 
     config: ConfigName
     cfg_options: dict[str, Any] = {}
     checkpoint: ExistingFile | None = None
-    inherit: bool = False
+    inherit: bool | str = False
     capture: Annotated[tuple[str, ...], Field(min_length=1)] = ("neck",)
+    input_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "StudentSpec":
+        if self.inherit and self.checkpoint is not None:
+            raise ValueError("a student begins from its checkpoint or inherits from a teacher, not both")
+        return self
 
 
 class StageSpec(_Spec):
@@ -205,6 +283,27 @@ class StageSpec(_Spec):
         return " + ".join(self.teachers) or "no teacher"
 
 
+class OrderSpec(_Spec):
+    """How the order of teachers is found, and the stages that ``stages: auto`` makes of it.
+
+    Attributes:
+        images: images whose features are compared, each in one view; half of them to fit on, half to score on.
+        max_teachers: the longest sequence.
+        ridge: penalty of the regression, in units of the mean variance of a channel.
+        positions: drawn of each level of each image; null takes all.
+        seed: of the draw of images and positions.
+        mechanisms, epochs: of each stage that ``auto`` makes.
+    """
+
+    images: Annotated[int, Field(ge=2)] = 2000
+    max_teachers: PositiveInt = 3
+    ridge: PositiveFloat = 1e-4
+    positions: PositiveInt | None = 512
+    seed: Annotated[int, Field(ge=0)] = 0
+    mechanisms: tuple[MechanismSpec, ...] = ()
+    epochs: PositiveInt = 12
+
+
 class TrainingSpec(_Spec):
     """How students are trained: data-parallel workers, the GPUs of each (one if the cluster has any), the seed."""
 
@@ -215,7 +314,11 @@ class TrainingSpec(_Spec):
 
 
 class Recipe(_Spec):
-    """A whole job, from images to a trained student."""
+    """A whole job, from images to a trained student.
+
+    Attributes:
+        stages: ``auto`` leaves them to the order of teachers (`mtpd order`); they are empty here until it is known.
+    """
 
     dataset: DatasetSpec
     views: ViewsSpec
@@ -223,7 +326,8 @@ class Recipe(_Spec):
     actors: ActorsSpec = ActorsSpec()
     teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], TeacherSpec] = {}
     student: StudentSpec
-    stages: Annotated[tuple[StageSpec, ...], Field(min_length=1)]
+    stages: Annotated[tuple[StageSpec, ...], BeforeValidator(_stages)]
+    order: OrderSpec = OrderSpec()
     training: TrainingSpec = TrainingSpec()
     work_dir: str
 
@@ -234,14 +338,48 @@ class Recipe(_Spec):
                 if name not in self.teachers:
                     known = ", ".join(self.teachers) or "none"
                     raise ValueError(f"stages.{number}.teacher: {name!r} is not in `teachers` ({known})")
-        if self.student.inherit and self.stages[0].teacher is None:
-            raise ValueError("student.inherit: the first stage has no teacher to inherit from")
+        if self.auto and not (self.teachers and self.order.mechanisms):
+            raise ValueError("stages: auto needs `teachers` to choose from, and `order.mechanisms` for its stages")
+        mechanisms = (*self.order.mechanisms, *(m for stage in self.stages for m in stage.mechanisms))
+        for kind in (m["type"] for m in mechanisms if MECHANISMS.get(m["type"]).needs & {"dense", "head"}):
+            if self.student.input_scale != 1:
+                raise ValueError(
+                    f"student.input_scale: {kind} compares heads position by position, which needs scale 1"
+                )
+        if isinstance(self.student.inherit, str) and self.student.inherit not in self.teachers:
+            raise ValueError(
+                f"student.inherit: {self.student.inherit!r} is not in `teachers` ({', '.join(self.teachers)})"
+            )
+        if self.student.inherit is True and not self.auto and self.stages[0].teacher is None:
+            raise ValueError("student.inherit: the first stage has no teacher to inherit from; name one")
         return self
 
     @property
-    def policy(self) -> ViewPolicy:
+    def inherit_from(self) -> str | None:
+        """The teacher whose neck and heads the student begins with."""
+        chosen = self.student.inherit
+        return self.stages[0].teachers[0] if chosen is True else chosen or None
+
+    @property
+    def auto(self) -> bool:
+        """Whether the stages are left to the order of teachers, which is not known yet."""
+        return not self.stages
+
+    def with_sequence(self, teachers: Sequence[str]) -> "Recipe":
+        """The recipe with one stage for each of these teachers, as its ``order`` says."""
+        order = self.order
+        stages = tuple(StageSpec(teacher=t, mechanisms=order.mechanisms, epochs=order.epochs) for t in teachers)
+        return self.model_copy(update={"stages": stages})
+
+    @property
+    def possible_stages(self) -> tuple[StageSpec, ...]:
+        """Its stages; while they are left to the order of teachers, one for each teacher."""
+        return self.with_sequence(list(self.teachers)).stages if self.auto else self.stages
+
+    @property
+    def policy(self) -> Policy:
         """The view policy."""
-        return self.views.policy()
+        return self.views.policy(self.dataset.train.ann_file)
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -282,8 +420,8 @@ def parse_recipe(content: Any, where: str) -> Recipe:
 
 
 def _fault(where: str, fault: Any) -> str:
-    # stages and their mechanisms are counted from 1 everywhere the user sees them
-    first = 1 if fault["loc"][:1] == ("stages",) else 0
+    # stages and mechanisms are counted from 1 everywhere the user sees them
+    first = 1 if fault["loc"][:1] in (("stages",), ("order",)) else 0
     location = [part + first if isinstance(part, int) else str(part) for part in fault["loc"] if part != "[key]"]
     key = ".".join(str(part) for part in location)
     where = f"{where}: {key}" if key else where

@@ -75,16 +75,12 @@ def compare_sample(recipe: Recipe, name: str, count: int, device: str = "cpu", s
         raise MissingRowsError(
             f"{recipe.cache.uri}: nothing of teacher {name!r} is committed. Run `mtpd precompute RECIPE`."
         )
-    views = 2 if recipe.views.flip == "both" else 1
+    views = 2 if recipe.policy.mirrors else 1
     pairs = np.random.default_rng(seed).permutation(np.unique(committed // views))[: -(-count // views)]
     members = [member for member in committed if member // views in set(pairs.tolist())][:count]
     spec = recipe.teachers[name]
     computer = UnitComputer(
-        Teacher.of_group(spec, cache.info, device),
-        cache.info,
-        recipe.policy,
-        recipe.dataset.train.img_dir,
-        batch_size=1,
+        Teacher.of_group(spec, cache.info, device), cache.info, recipe.policy, recipe.dataset.train, batch_size=1
     )
     live, failures = {}, []
     for key, maps, failed in _live_maps(computer, plan, members):

@@ -74,6 +74,8 @@ def train_stage(
     folder = stage_dir(recipe, stage)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / _BEGUN, plain(cfg.to_dict()))
+    # formatting its text takes a second, and mmengine asks for it in the log, in every backend and at every checkpoint
+    cfg = Config(cfg.to_dict(), filename=cfg.filename, format_python_code=False)
     cfg.launcher = launcher
     if launcher != "none" and not torch.cuda.is_available():
         # mmengine hands DDP a GPU's number by default, which a model on the CPU refuses

@@ -12,7 +12,8 @@ from trainer.annotations import Annotations, read_annotations
 from trainer.config import load_config, nested, plain_dict, set_classes
 from trainer.needs import needs_of
 from trainer.recipe import Recipe, StageSpec
-from trainer.teacher import describe, fingerprint_record
+from trainer.teacher import class_counts, describe, fingerprint_record
+from trainer.transforms import view_config
 
 TargetSource = Literal["cache", "online"]
 # what of a student's training pipeline may stay: everything else changes pixels or boxes after the view
@@ -31,7 +32,8 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
 
     What is taken from the student's config: model, optimiser, schedule (stretched to the stage's epochs; a warm-up counted in
     iterations is cut to a tenth of the stage where it is longer), loaders and hooks. The validation images are resized to
-    the largest scale of the views.
+    the largest scale of the views, or, where views are sampled, to their ``val_scale`` or else that of the student's config;
+    either times the student's input scale.
 
     Args:
         stage: number of the stage, from 1.
@@ -47,10 +49,13 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
     if train.classes != val.classes:
         raise RecipeError("dataset: train and val have different categories; give both files the same `categories`.")
     set_classes(cfg.model, len(train.classes))
+    _refuse_other_classes(recipe, stage, len(train.classes))
     infos = [teacher_info(recipe, name) for name in spec.teachers]
     _set_data(cfg, recipe, train, stage, infos if targets == "cache" else [])
+    _set_evaluation(cfg, recipe)
     _set_schedule(cfg, spec, train, recipe.training.workers)
     _set_model(cfg, recipe, stage, infos, targets)
+    _set_visualizer(cfg, stage_dir(recipe, stage))
     cfg.custom_imports = dict(imports=["trainer"], allow_failed_imports=False)
     cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="SeedEpochHook", seed=recipe.training.seed)]
     cfg.randomness = dict(seed=recipe.training.seed)
@@ -86,6 +91,17 @@ def student_config(cfg: Config) -> Config:
     return alone
 
 
+def _refuse_other_classes(recipe: Recipe, stage: int, classes: int) -> None:
+    """A mechanism on detections or heads compares classes by their numbers; features have none."""
+    for name in recipe.stages[stage - 1].teachers:
+        needs, counts = needs_of(recipe, name, stage), class_counts(recipe.teachers[name], name)
+        if (needs.detections or needs.top_k or needs.head) and counts and classes not in counts:
+            raise RecipeError(
+                f"teachers.{name}: its heads have {', '.join(map(str, sorted(counts)))} classes, dataset.train has {classes}; "
+                f"a mechanism of stage {stage} compares classes. Take mechanisms on features for this teacher."
+            )
+
+
 def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cached: Sequence[GroupInfo]) -> None:
     dataset = next((d for d in nested(plain_dict(cfg.train_dataloader.dataset)) if "ann_file" in d), None)
     if dataset is None:
@@ -101,8 +117,17 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cache
     meta = pack.get(
         "meta_keys", ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
     )
-    view = dict(type="ApplyView", scale=[list(scale) for scale in recipe.views.scale], flip=recipe.views.flip)
-    pipeline = [kept.get("LoadImageFromFile", dict(type="LoadImageFromFile")), load_annotations, view]
+    split, with_mask = recipe.dataset.train, bool(load_annotations.get("with_mask"))
+    pipeline = [view_config(recipe.policy, split.ann_file, split.img_dir, keep_masks=with_mask)]
+    if recipe.views.sampled is None:
+        pipeline = [kept.get("LoadImageFromFile", dict(type="LoadImageFromFile")), load_annotations, *pipeline]
+    elif with_mask and not recipe.views.sampled.masks:
+        raise RecipeError("views.sampled.masks: this student trains on masks; set it to true.")
+    if recipe.student.input_scale < 1:
+        if recipe.stages[stage - 1].teachers and not cached:  # live ones
+            pipeline += [dict(type="KeepWholeView")]
+            meta = [*meta, "whole_view"]
+        pipeline += [dict(type="Resize", scale_factor=recipe.student.input_scale)]
     pipeline += [kept["FilterAnnotations"]] if "FilterAnnotations" in kept else []
     pipeline += [dict(type="PackDetInputs", meta_keys=[*meta, "view"])]
     pipeline += [_load_targets(recipe, stage, info) for info in cached]
@@ -122,16 +147,23 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cache
         ),
     )
     cfg.train_dataloader.sampler = dict(type="ViewSampler")
-    largest = max(recipe.views.scale, key=lambda scale: scale[0] * scale[1])
-    for loader in (cfg.val_dataloader, cfg.test_dataloader):
-        test_pipeline = [
-            dict(t) for t in next(d["pipeline"] for d in nested(plain_dict(loader.dataset)) if "pipeline" in d)
-        ]
+
+
+def _set_evaluation(cfg: Config, recipe: Recipe) -> None:
+    chosen = recipe.views.evaluation_scale
+    classes = cfg.train_dataloader.dataset.dataset.metainfo
+    loaders = (cfg.val_dataloader, cfg.test_dataloader)
+    # both are read before one is changed: a config may name one loader twice
+    found = [next(d["pipeline"] for d in nested(plain_dict(one.dataset)) if "pipeline" in d) for one in loaders]
+    for loader, test_pipeline in zip(loaders, found, strict=True):
         for transform in test_pipeline:
             if transform["type"] == "Resize":
-                transform["scale"] = largest
+                transform["scale"] = _reduced(chosen or transform.get("scale"), recipe.student.input_scale)
         loader.dataset = dict(
-            **coco,
+            type="CocoDataset",
+            metainfo=classes,
+            data_root=None,
+            backend_args=None,
             ann_file=recipe.dataset.val.ann_file,
             data_prefix=dict(img=recipe.dataset.val.img_dir),
             test_mode=True,
@@ -139,6 +171,12 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cache
         )
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         evaluator.ann_file = recipe.dataset.val.ann_file
+
+
+def _reduced(scale: Sequence[int] | None, factor: float) -> tuple[int, ...]:
+    if scale is None:
+        raise RecipeError("student.config: its test pipeline has a Resize without a scale.")
+    return tuple(scale) if factor == 1 else tuple(max(1, round(side * factor)) for side in scale)
 
 
 def _load_targets(recipe: Recipe, stage: int, cached: GroupInfo) -> dict[str, Any]:
@@ -185,7 +223,9 @@ def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations, workers: int
             if key in scheduler:
                 scheduler[key] = round(scheduler[key] * ratio)
         if "milestones" in scheduler:
-            scheduler.milestones = [round(m * ratio) for m in scheduler.milestones]
+            # in a short stage the last decay must not fall behind its end
+            last = max(1, spec.epochs - 1)
+            scheduler.milestones = [min(round(m * ratio), last) for m in scheduler.milestones]
     cfg.optim_wrapper.setdefault("clip_grad", None)
     if cfg.optim_wrapper.clip_grad is None:
         cfg.optim_wrapper.clip_grad = dict(max_norm=_CLIP_NORM, norm_type=2)
@@ -205,6 +245,7 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInf
         mechanisms=[dict(m) for m in spec.mechanisms],
         capture=list(student.capture),
         checkpoint=checkpoint,
+        input_scale=student.input_scale,
     )
     distiller["teachers"] = {}
     for info in infos:
@@ -214,7 +255,7 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInf
             levels={level.name: [level.channels, level.stride, level.pool] for level in stored}, top_k=needs.top_k
         )
         if targets == "online":
-            given["live"] = teacher.model_dump(mode="json")
+            given["live"] = teacher.model_dump(mode="json", exclude={"ap"})
         elif needs.head:
             model = plain_dict(
                 load_config(teacher.config, teacher.cfg_options, f"teachers.{info.teacher}.config").model
@@ -225,6 +266,17 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInf
                 fingerprint=info.record,
             )
         distiller["teachers"][info.teacher] = given
-    if stage == 1 and student.inherit:
-        distiller["inherit_from"] = recipe.teachers[spec.teachers[0]].checkpoint
+    if stage == 1 and recipe.inherit_from is not None:
+        distiller["inherit_from"] = recipe.teachers[recipe.inherit_from].checkpoint
     cfg.model = distiller
+
+
+def _set_visualizer(cfg: Config, folder: Path) -> None:
+    """Scalars go to mmengine's local file and to TensorBoard, beside the backends of the student's config."""
+    visualizer = plain_dict(cfg.visualizer) if cfg.get("visualizer") else dict(type="DetLocalVisualizer")
+    backends = visualizer.get("vis_backends") or []
+    backends = [backends] if isinstance(backends, dict) else list(backends)
+    present = {getattr(b["type"], "__name__", str(b["type"])).rpartition(".")[2] for b in backends}
+    backends += [dict(type=kind) for kind in ("LocalVisBackend", "TensorboardVisBackend") if kind not in present]
+    # a process has one visualizer of a name: under a common one the second stage would write into the first one's folder
+    cfg.visualizer = visualizer | dict(vis_backends=backends, name=str(folder))

@@ -19,8 +19,8 @@ from cache import (
     Detections,
     GroupInfo,
     Level,
+    Policy,
     TeacherLoadError,
-    ViewPolicy,
     head_digest,
     level_name,
     pack_head,
@@ -28,7 +28,7 @@ from cache import (
 )
 from trainer.capture import captured, flatten, measure_levels, recorded
 from trainer.checkpoint import load_strict, read_weights, sha256
-from trainer.config import load_config, plain
+from trainer.config import load_config, nested, plain, plain_dict
 from trainer.dense import check_dense, dense_outputs, dense_shape, strides
 from trainer.recipe import TeacherSpec
 
@@ -172,6 +172,12 @@ def build_model(spec: TeacherSpec, name: str) -> nn.Module:
     return MODELS.build(config.model)
 
 
+def class_counts(spec: TeacherSpec, name: str) -> set[int]:
+    """Every number of classes that a teacher's config gives its heads."""
+    model = load_config(spec.config, spec.cfg_options, f"teachers.{name}.config").model
+    return {part["num_classes"] for part in nested(plain_dict(model)) if "num_classes" in part}
+
+
 def select_levels(levels: Sequence[Level], spec: TeacherSpec, key: str) -> tuple[Level, ...]:
     """The levels that are stored: all of them or those named, pooled as the recipe says.
 
@@ -192,7 +198,7 @@ def select_levels(levels: Sequence[Level], spec: TeacherSpec, key: str) -> tuple
 def fingerprint_record(
     spec: TeacherSpec,
     name: str,
-    policy: ViewPolicy,
+    policy: Policy,
     precision: str,
     *,
     levels: Sequence[str] | None = None,

@@ -1,4 +1,4 @@
-"""`ApplyView` and `LoadTeacherTargets`: mmdet transforms, usable in any mmdet config."""
+"""`ApplyView`, `KeepWholeView` and `LoadTeacherTargets`: mmdet transforms, usable in any mmdet config."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from mmcv.transforms import BaseTransform
 from mmdet.datasets.transforms import RandomFlip, Resize
 from mmdet.registry import TRANSFORMS
 
-from cache import TeacherCache, ViewPolicy
+from cache import Policy, TeacherCache, ViewPolicy
 from trainer.targets import CachedMaps
 
 
@@ -38,6 +38,27 @@ class ApplyView(BaseTransform):
             return self._flip(results)
         results["flip"], results["flip_direction"] = False, None
         return results
+
+
+def view_config(policy: Policy, ann_file: str, img_dir: str, keep_masks: bool = False) -> dict[str, Any]:
+    """The config of the transform that makes a policy's views: `ApplyView`, or `ApplySampledView`, which loads as well."""
+    if isinstance(policy, ViewPolicy):
+        return dict(type="ApplyView", scale=[list(scale) for scale in policy.scales], flip=policy.flip)
+    return dict(
+        type="ApplySampledView", policy=policy.to_json(), ann_file=ann_file, img_dir=img_dir, keep_masks=keep_masks
+    )
+
+
+@TRANSFORMS.register_module()
+class KeepWholeView(BaseTransform):
+    """Keep a view's pixels in ``whole_view`` before they are resized for a student at reduced input scale.
+
+    A live teacher looks at them; ``PackDetInputs`` packs them if its ``meta_keys`` have the name.
+    """
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Set ``whole_view``: (h, w, 3) uint8, BGR."""
+        return {**results, "whole_view": results["img"]}
 
 
 @TRANSFORMS.register_module()

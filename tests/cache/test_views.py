@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mmcv.image import rescale_size
 
-from cache import ViewPolicy, padded, resized
+from cache import SampledPolicy, ViewPolicy, make_plan, padded, resized
+from tests.cache import make
 
 sides = st.integers(1, 5000)
 
@@ -39,3 +40,13 @@ def test_views_are_scales_times_flips() -> None:
 def test_a_view_that_does_not_exist_is_an_error(index: int) -> None:
     with pytest.raises(IndexError, match="views 0 to 1"):
         ViewPolicy(((1333, 800),), "both")[index]
+
+
+def test_sampled_views_have_one_size_which_the_plan_knows() -> None:
+    policy = SampledPolicy(3, (40, 64), {"seed": 1, "pipeline": [{"type": "RandomCrop"}]})
+    assert SampledPolicy.from_json(policy.to_json()) == policy
+    plan = make_plan(make.images(5), policy, make.info())
+    assert [(bucket.name, bucket.rows) for bucket in plan.buckets] == [("64x64", 15)]
+    rows = [row for unit in plan.units() for row in unit.rows]
+    assert {(row.view_width, row.view_height) for row in rows} == {(64, 40)}
+    assert len({(row.image_id, row.view) for row in rows}) == 15

@@ -56,6 +56,12 @@ def test_run_trains_every_stage_from_a_full_cache_and_a_second_run_does_nothing(
     assert [r["teacher"] for r in results] == ["small", "swin"]
     assert all("bbox_mAP" in r["metrics"] and r["teacher_forwards"] == 0 for r in results)
     init_detector(str(tmp_path / "work/stage-2/student.py"), results[1]["student"], device="cpu")
+    fills = [json.loads((tmp_path / "work" / f"precompute-{name}.json").read_text()) for name in ("small", "swin")]
+    assert [[run["computed"] for run in fill["runs"]] for fill in fills] == [[40], [40]]
+    page = (tmp_path / "work" / "report.html").read_text()
+    assert f"report: {tmp_path}/work/report.html" in first.stdout
+    assert "<dt>teacher forwards made</dt><dd>80<" in page
+    assert page.count("data:image/jpeg") == 4  # the detectors ran
     stamps = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("*") if f.is_file() and f.suffix != ".lock"}
     second = run(str(BIN / "mtpd"), "run", file)
     assert second.returncode == 0

@@ -1,11 +1,11 @@
 """A precompute in this process, without ray: the same units, the same computation, the same writer."""
 
 from cache import Lease, compact, load_index, make_plan, open_storage, prepare, write_head, write_unit
-from trainer import Recipe, Teacher, UnitComputer, head_file, read_annotations, teacher_info
+from trainer import OrderRows, Recipe, Teacher, UnitComputer, head_file, read_annotations, teacher_info
 
 
-def fill(recipe: Recipe, name: str) -> list:
-    """Compute what is missing. Returns the failures."""
+def fill(recipe: Recipe, name: str, rows: OrderRows | None = None) -> list:
+    """Compute what is missing, of all rows or of some. Returns the failures."""
     info, storage, spec = teacher_info(recipe, name), open_storage(recipe.cache.uri), recipe.teachers[name]
     images = read_annotations(recipe.dataset.train.ann_file, "test").images
     failures = []
@@ -16,12 +16,13 @@ def fill(recipe: Recipe, name: str) -> list:
             info,
             committed=load_index(storage, info),
             unit_rows=recipe.cache.unit_rows,
+            wanted=None if rows is None else rows.wanted(images.ids, len(recipe.policy)),
         )
         prepare(storage, plan)
         if info.head is not None:
             write_head(storage, info, head_file(spec, name))
         computer = UnitComputer(
-            Teacher.of_group(spec, info), info, recipe.policy, recipe.dataset.train.img_dir, spec.batch_size
+            Teacher.of_group(spec, info), info, recipe.policy, recipe.dataset.train, spec.batch_size
         )
         for unit in plan.units():
             targets, failed = computer.run(unit)

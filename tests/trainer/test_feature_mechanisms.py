@@ -123,7 +123,7 @@ def test_fgd_places_boxes_of_a_reduced_input_on_the_teachers_larger_map() -> Non
     for box, share in ([8.0, 16.0, 20.0, 31.0], 1.0), ([8.0, 32.0, 20.0, 47.0], 0.25):
         samples = [DetDataSample(gt_instances=InstanceData(bboxes=torch.tensor([box])))]
         valid = torch.ones(1, 1, 12, 16, dtype=torch.bool)
-        batch = Batch({"P3": student[None]}, {"P3": teacher[None]}, {"P3": valid}, samples)
+        batch = Batch({"P3": student[None]}, {"P3": teacher[None]}, {"P3": valid}, samples, input_scale=0.5)
         assert FGDLoss(LEVELS, LEVELS, **only_foreground)(batch).item() == pytest.approx(share * C)
 
 
@@ -245,7 +245,7 @@ def test_a_student_at_half_resolution_is_enlarged_image_by_image(kind: type) -> 
         maps = torch.full((1, C, 5, 6), noise)
         maps[:, :, :3, :4] = student
         samples = [DetDataSample(gt_instances=InstanceData(bboxes=torch.tensor([[4.0, 4.0, 20.0, 18.0]])))]
-        losses.append(mechanism(Batch({"P3": maps}, {"P3": padded[0]}, {"P3": padded[1]}, samples)))
+        losses.append(mechanism(Batch({"P3": maps}, {"P3": padded[0]}, {"P3": padded[1]}, samples, input_scale=0.5)))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
     enlarged = F.interpolate(student, (6, 8), mode="bilinear")[:, :, :5]
     exact = Batch({"P3": enlarged}, {"P3": teacher}, {"P3": torch.ones(1, 1, 5, 8, dtype=torch.bool)}, samples)

@@ -34,6 +34,8 @@ def edited(content: dict, key: str, value: object) -> dict:
         ("stages.1.mechanisms", [], r"stages\.1: a stage has a teacher and mechanisms, or neither"),
         ("stages.1.epoch", 3, r"stages\.1\.epoch: no such key"),
         ("student", {}, r"student\.config: required, but missing"),
+        ("student.inherit", "swim", r"student\.inherit: 'swim' is not in `teachers` \(small, swin\)"),
+        ("student.input_scale", 2, r"student\.input_scale: .*less than or equal to 1.*got 2"),
         ("actors", {"min": 3, "max": 2}, r"actors: min 3 is more than max 2"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 import yaml
 from mmdet.apis import inference_detector, init_detector
 from mmengine.runner import Runner
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cache import CorruptShardError, MissingRowsError, RecipeError, StaleCacheError
 from tests import models
@@ -23,7 +24,7 @@ from trainer.checkpoint import read_weights
 TOLERANCE = 2e-3  # relative; float16 keeps 11 bits of each feature, and an optimiser step adds to the difference
 
 
-def losses(recipe, stage: int, source: str, steps: int) -> list[dict[str, float]]:
+def losses(recipe, stage: int, source: str, steps: int, mixed: bool = True) -> list[dict[str, float]]:
     cfg = stage_config(recipe, stage, source)
     cfg.work_dir = f"{recipe.work_dir}-{source}"
     runner = Runner.from_cfg(cfg)
@@ -40,7 +41,9 @@ def losses(recipe, stage: int, source: str, steps: int) -> list[dict[str, float]
         result.append({key: float(value) for key, value in logs.items()})
         if len(result) == steps:
             break
-    assert any(len(set(batch)) > 1 for batch in shapes), "no batch mixes shapes; the test would show little"
+    assert not mixed or any(len(set(batch)) > 1 for batch in shapes), (
+        "no batch mixes shapes; the test would show little"
+    )
     return result
 
 
@@ -71,6 +74,31 @@ def test_cached_and_online_losses_agree_on_mixed_shapes(
     for name in mechanisms.split():
         # the control: the losses of another view would not pass
         assert cached[0][f"loss_{name}"] != pytest.approx(cached[1][f"loss_{name}"], rel=TOLERANCE)
+
+
+def test_cached_and_online_losses_agree_for_mechanisms_on_heads_and_detections(data: Path, tmp_path: Path) -> None:
+    names = ["LDLoss", "DenseLogitLoss", "DetectionLoss", "CrossKDLoss"]
+    stages = [{"teacher": "gfl", "mechanisms": [{"type": name} for name in names], "epochs": 1}]
+    content = models.recipe(data, tmp_path, stages=stages, student="gfl-r18")
+    # untrained scores are about 0.01, which no test configuration lets through
+    content["teachers"]["gfl"] = models.teacher("gfl-r18", data)
+    content["teachers"]["gfl"]["cfg_options"] = {
+        **content["teachers"]["gfl"]["cfg_options"],
+        "model.test_cfg.score_thr": 0.0,
+    }
+    recipe = parse_recipe(content, "test")
+    assert precompute.fill(recipe, "gfl") == []
+    cached, online = (losses(recipe, 1, source, 2) for source in ("cache", "online"))
+    for a, b in zip(cached, online, strict=True):
+        assert a.keys() == b.keys() >= {f"loss_{name}" for name in names} | {"coverage_LDLoss"}
+        assert 0 < a["coverage_LDLoss"] <= 1
+        for key in a:
+            # untrained heads hardly differ: what float16 rounds of logits is a large part of what KL sees
+            assert a[key] == pytest.approx(b[key], rel=3e-2, abs=1e-6), key
+    content["teachers"]["gfl"]["cfg_options"] = {**models.SMALL["gfl-r18"][1], "model.bbox_head.num_classes": 5}
+    content["teachers"]["gfl"]["checkpoint"] = str(models.checkpoint("gfl-r18", data))
+    with pytest.raises(RecipeError, match=r"teachers\.gfl: its heads have 5 classes, dataset\.train has 6"):
+        stage_config(parse_recipe(content, "test"), 1)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +154,24 @@ def test_a_stage_begins_with_the_weights_of_the_one_before_and_nothing_else(trai
     assert all(torch.equal(begun[key], value) for key, value in first.items())
     assert cfg.model.get("inherit_from") is None
     assert stage_config(recipe, 1).model.inherit_from == recipe.teachers["mask"].checkpoint
+    student = recipe.student.model_copy(update={"inherit": "swin"})
+    named = recipe.model_copy(update={"student": student})
+    assert stage_config(named, 1).model.inherit_from == recipe.teachers["swin"].checkpoint
+
+
+def test_each_stage_of_a_process_logs_into_its_own_folder_and_to_tensorboard(trained) -> None:
+    recipe, _ = trained
+    for stage, loss in ((1, "loss_PKDLoss"), (2, "loss_MGDLoss")):
+        (log,) = stage_dir(recipe, stage).glob("*/vis_data/scalars.json")
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert {key for line in lines for key in line if key.endswith("Loss")} == {loss}
+        (event,) = EventAccumulator(str(log.parent)).Reload().Scalars(loss)
+        assert event.value == pytest.approx(next(line[loss] for line in lines if loss in line), rel=1e-5)
+    options = {"visualizer.vis_backends": [{"type": "mmengine.MLflowVisBackend", "exp_name": "mine"}]}
+    student = recipe.student.model_copy(update={"cfg_options": {**recipe.student.cfg_options, **options}})
+    backends = stage_config(recipe.model_copy(update={"student": student}), 1).visualizer.vis_backends
+    assert backends[0] == {"type": "mmengine.MLflowVisBackend", "exp_name": "mine"}
+    assert [b["type"] for b in backends[1:]] == ["LocalVisBackend", "TensorboardVisBackend"]
 
 
 def test_a_stage_that_is_done_is_not_trained_again_and_another_recipe_is_refused(trained) -> None:

@@ -35,6 +35,7 @@ class Batch:
         dense: per image and level the teacher's sparse dense-head outputs.
         detections: per image what the teacher detected, boxes in pixels of the student's input.
         teacher_head: the teacher's own head, frozen, in eval mode.
+        input_scale: pixels of the student's input per pixel of the view.
     """
 
     maps: Mapping[str, Tensor]
@@ -48,6 +49,7 @@ class Batch:
     dense: Sequence[Mapping[str, DenseLevel]] | None = None
     detections: Sequence[Detections] | None = None
     teacher_head: nn.Module | None = None
+    input_scale: float = 1.0
 
 
 class Mechanism(nn.Module):
@@ -78,6 +80,10 @@ class Mechanism(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """The unweighted loss, a scalar."""
         raise NotImplementedError
+
+    def metrics(self) -> dict[str, float]:
+        """What is worth a curve beside the loss, by name."""
+        return {}
 
 
 class LevelMechanism(Mechanism):

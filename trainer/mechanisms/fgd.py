@@ -37,7 +37,7 @@ class FGDLoss(LevelMechanism):
 
     | the released configs                     | alpha  | beta   | gamma | lambda | temp | levels                     |
     |------------------------------------------|--------|--------|-------|--------|------|----------------------------|
-    | RetinaNet, GFL, SOLO (the defaults here) | 1e-3   | 5e-4   | 5e-4  | 5e-6   | 0.5  | P3 to P7                   |
+    | RetinaNet, GFL (the defaults here)       | 1e-3   | 5e-4   | 5e-4  | 5e-6   | 0.5  | P3 to P7                   |
     | RepPoints                                | 1.6e-3 | 8e-4   | 8e-4  | 8e-6   | 0.5  | P3 to P7                   |
     | FCOS                                     | 1.6e-3 | 8e-4   | 8e-4  | 8e-6   | 0.8  | P3 to P7                   |
     | Faster and Mask R-CNN                    | 5e-5   | 2.5e-5 | 5e-5  | 5e-7   | 0.5  | P2 to P5                   |
@@ -68,10 +68,7 @@ class FGDLoss(LevelMechanism):
         aligned = fit(self.align[level](student), teacher, valid)
         (where_s, which_s), (where_t, which_t) = (_attentions(m, valid, self.temp) for m in (aligned, teacher))
         theirs = self.pairs[level][1]
-        # cells per pixel of the student's input; a map larger than the student's comes of a view larger than its input
-        scale = [
-            t / (s * theirs.stride * theirs.pool) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)
-        ]
+        scale = 1 / (theirs.stride * theirs.pool * batch.input_scale)  # cells per pixel of the student's input
         boxes = [get_box_tensor(sample.gt_instances.bboxes) for sample in batch.samples]
         foreground = torch.stack([_foreground(b, v[0], scale) for b, v in zip(boxes, valid, strict=True)])[:, None]
         background = valid & (foreground == 0)
@@ -119,19 +116,19 @@ def _attentions(maps: Tensor, valid: Tensor, temp: float) -> tuple[Tensor, Tenso
     return where, maps.shape[1] * (mean / temp).softmax(dim=1)
 
 
-def _foreground(boxes: Tensor, valid: Tensor, scale: Sequence[float]) -> Tensor:
+def _foreground(boxes: Tensor, valid: Tensor, scale: float) -> Tensor:
     """F (H, W) of one image.
 
     Args:
         boxes: (k, 4), ``x1, y1, x2, y2`` in pixels of the student's input.
         valid: (H, W) bool.
-        scale: cells per pixel, vertically and horizontally.
+        scale: cells per pixel.
     """
     if not len(boxes):
         return torch.zeros_like(valid, dtype=boxes.dtype)
     covered = []
     for axis, (begin, end) in enumerate(((1, 3), (0, 2))):
-        first, last = (boxes[:, begin] * scale[axis]).floor(), (boxes[:, end] * scale[axis]).ceil()
+        first, last = (boxes[:, begin] * scale).floor(), (boxes[:, end] * scale).ceil()
         cells = torch.arange(valid.shape[axis], device=valid.device)
         covered.append((cells >= first[:, None]) & (cells <= last[:, None]))
     inside = covered[0][:, :, None] & covered[1][:, None, :] & valid

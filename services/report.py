@@ -1,0 +1,333 @@
+"""`mtpd report`: one self-contained HTML page of what a folder of runs holds."""
+
+import base64
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+import yaml
+from markupsafe import Markup
+
+from cache import MtpdError
+from services.cache_facts import cache_facts, count_forwards
+from services.charts import Band, Line, axis_ticks, line_chart, number, value_range
+from services.present import duration, size
+from services.runs import Run, Stage, find_runs
+from services.studies import Study, read_studies, split_seed
+from trainer import LEAST_SCORE, Picture, Pictures, SeenObject, parse_recipe, take_pictures
+
+_TEMPLATE = "report.html.jinja"
+_COLOURS = 8
+_WIDE, _NARROW, _PANEL = (1040, 340), (354, 260), (332, 170)
+_KINDS = {"bbox": "box AP", "segm": "mask AP"}
+_METRICS = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "AP-S", "mAP_m": "AP-M", "mAP_l": "AP-L"}
+_MOST_STUDENTS = 6
+_LETTERS = 22  # a picture's width in the size of its letters
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart at the width of a desktop's page, and at that of a phone's."""
+
+    title: str
+    wide: Markup
+    narrow: Markup
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A small chart of one scalar, or of one run."""
+
+    title: str
+    note: str
+    chart: Markup
+
+
+def write_report(
+    work_dir: Path, *, study: Path | None = None, out: Path | None = None, images: int = 4, device: str | None = None
+) -> Path:
+    """Write the report of the runs in a folder.
+
+    What a run lacks is named on the page, and no error.
+
+    Args:
+        work_dir: a recipe's ``work_dir``, or a folder of several.
+        study: a file of results of a study, to show its arms too.
+        out: the page; ``work_dir/report.html`` by default.
+        images: val images to show; the detectors are run on them. 0 shows none.
+        device: where; a GPU if there is one.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        RecipeError: no stage in the folder, or no results in the file.
+    """
+    runs = find_runs(work_dir.absolute())
+    studies = [] if study is None else read_studies(study)
+    facts, missing = cache_facts(runs)
+    pictures, shown, left_out = None, [], []
+    if images:
+        pictures, shown, left_out = _pictures(runs, images, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    else:
+        left_out = ["Pictures were not asked for (--images 0)."]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        "labelled": _labelled,
+        "duration": duration,
+        "size": size,
+        "data": _data_uri,
+        "number": number,
+    }
+    colours = _colours(runs)
+    page = environment.get_template(_TEMPLATE).render(
+        name=work_dir.absolute().name,
+        folder=str(work_dir.absolute()),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        runs=runs,
+        several=len(runs) > 1,
+        colours=colours,
+        main=_main(runs),
+        kinds=_kinds(runs),
+        metrics=_METRICS,
+        ap_figures=_ap_figures(runs, colours),
+        ap_panels=_ap_panels(runs, colours) if len(runs) > 1 else [],
+        sparse=any(_is_sparse(stage) for run in runs for stage in run.stages),
+        panels=_curve_panels(runs, colours),
+        forwards=count_forwards(runs, facts),
+        facts=facts,
+        level_names=sorted({level.name for fact in facts for level in fact.levels}, key=lambda name: int(name[1:])),
+        orders=[run for run in runs if _is_order(run.order)],
+        studies=[(one, _scale(one)) for one in studies],
+        pictures=pictures,
+        shown=shown,
+        least_score=LEAST_SCORE,
+        letters=_LETTERS,
+        recipe=yaml.safe_dump(_main(runs).recipe, sort_keys=False, allow_unicode=True) if _main(runs).recipe else "",
+        missing=[*_missing(runs), *missing, *left_out],
+    )
+    target = work_dir.absolute() / "report.html" if out is None else out.absolute()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(target)
+    return target
+
+
+def _main(runs: Sequence[Run]) -> Run:
+    """The run whose stages are shown in pictures: the one with most of them, the last of several."""
+    return max(reversed(runs), key=lambda run: (bool(run.recipe), len(run.done)))
+
+
+def _colours(runs: Sequence[Run]) -> dict[str, int]:
+    """A colour for each run; where there are many, one for the seeds of an arm."""
+    arms = [split_seed(run.name)[0] if len(runs) > _COLOURS else run.name for run in runs]
+    places = {arm: place % _COLOURS for place, arm in enumerate(dict.fromkeys(arms))}
+    return {run.name: places[arm] for run, arm in zip(runs, arms, strict=True)}
+
+
+def _kinds(runs: Sequence[Run]) -> dict[str, str]:
+    """The kinds of AP that were measured."""
+    return {kind: label for kind, label in _KINDS.items() if any(run.series(f"{kind}_mAP") for run in runs)}
+
+
+def _bands(run: Run) -> list[Band]:
+    return [Band(s.first_epoch, s.first_epoch + s.epochs, f"stage {s.number}: {s.label}") for s in run.stages]
+
+
+def _stage_ends(run: Run) -> list[float]:
+    return [float(stage.first_epoch + stage.epochs) for stage in run.done]
+
+
+def _last_epoch(runs: Sequence[Run]) -> int:
+    return max(stage.first_epoch + stage.epochs for run in runs for stage in run.stages)
+
+
+def _is_sparse(stage: Stage) -> bool:
+    """Whether it was evaluated at its end only."""
+    return stage.epochs > 1 and bool(stage.evaluations) and max(map(len, stage.evaluations.values())) == 1
+
+
+def _ap_figures(runs: Sequence[Run], colours: dict[str, int]) -> list[Figure]:
+    """AP over the epochs of all stages in sequence: of one run with its stages, or of several together."""
+    axes = ("epoch, all stages in sequence", "AP, points")
+    if len(runs) == 1:
+        (run,) = runs
+        lines = [
+            Line(label, [series], place, _stage_ends(run))
+            for place, (kind, label) in enumerate(_kinds(runs).items())
+            if (series := run.series(f"{kind}_mAP"))
+        ]
+        return [_figure("AP over the epochs of all stages", lines, axes, _bands(run))] if lines else []
+    figures = []
+    for kind, label in _kinds(runs).items():
+        drawn = [(run, series) for run in runs if (series := run.series(f"{kind}_mAP"))]
+        marks = len(drawn) <= _COLOURS
+        lines = [Line(run.name, [s], colours[run.name], [s[-1][0]] if marks else ()) for run, s in drawn]
+        above = _figure(f"{label} of all runs", lines, (axes[0], f"{label}, points"), [Band(0, _last_epoch(runs), "")])
+        figures.append(above)
+    return figures
+
+
+def _figure(title: str, lines: list[Line], axes: tuple[str, str], bands: list[Band]) -> Figure:
+    wide, narrow = (line_chart(lines, title=title, size=size, labels=axes, bands=bands) for size in (_WIDE, _NARROW))
+    return Figure(title, wide, narrow)
+
+
+def _ap_panels(runs: Sequence[Run], colours: dict[str, int]) -> list[Panel]:
+    """Each run on its own with its stages, all on one scale."""
+    kind, label = next(iter(_kinds(runs).items()), ("bbox", "box AP"))
+    values = [value for run in runs for _, value in run.series(f"{kind}_mAP")]
+    if not values:
+        return []
+    axes = ("epoch", f"{label}, points")
+    panels = []
+    for run in runs:
+        line = Line(run.name, [run.series(f"{kind}_mAP")], colours[run.name], _stage_ends(run))
+        chart = line_chart(
+            [line],
+            title=f"{label} of {run.name}",
+            size=_PANEL,
+            labels=axes,
+            bands=_bands(run),
+            y_range=value_range(values),
+        )
+        panels.append(Panel(run.name, " → ".join(stage.label for stage in run.stages), chart))
+    return panels
+
+
+def _curve_panels(runs: Sequence[Run], colours: dict[str, int]) -> list[Panel]:
+    """A small chart for each training scalar: the whole loss, the detector's, the mechanisms', and what drives them."""
+    scalars = dict.fromkeys(name for run in runs for stage in run.stages for name in stage.curves)
+    mechanisms = {f"loss_{m}" for run in runs for stage in run.stages for m in stage.mechanisms}
+    notes = {"loss": "sum of all losses", "lr": "learning rate", "grad_norm": "gradient norm before clipping"}
+    turns = {"loss": 0, "lr": 3, "grad_norm": 4}
+    panels = []
+    for name in sorted(scalars, key=lambda name: turns.get(name, 2 if name in mechanisms else 1)):
+        lines = [Line(run.name, pieces, colours[run.name]) for run in runs if (pieces := run.curve(name))]
+        bands = _bands(runs[0]) if len(runs) == 1 else [Band(0, _last_epoch(runs), "")]
+        note = notes.get(name, "mechanism" if name in mechanisms else "detector")
+        chart = line_chart(lines, title=name, size=_PANEL, labels=("epoch", ""), bands=bands, show="{:.3g}".format)
+        if chart:
+            panels.append(Panel(name, note, chart))
+    return panels
+
+
+def _scale(study: Study) -> tuple[float, float, list[float]]:
+    """The axis on which a study's arms are drawn: its ends and ticks, in points."""
+    values = [value for arm in study.arms for value in arm.values.values()]
+    margin = 0.06 * (max(values) - min(values)) or 1.0
+    low, high = min(values) - margin, max(values) + margin
+    return low, high, axis_ticks(low, high, 6)
+
+
+def _is_order(order: Any) -> bool:
+    return isinstance(order, dict) and all(isinstance(order.get(key), dict) for key in ("costs", "aps", "reasons"))
+
+
+def _pictures(runs: Sequence[Run], count: int, device: str) -> tuple[Pictures | None, list[str], list[str]]:
+    """Pictures of the val images.
+
+    Returns:
+        The pictures if there are any, the detectors whose feature energy is shown, and what is left out, and why.
+    """
+    main = _main(runs)
+    if not main.recipe or not main.done:
+        return None, [], ["No pictures: no run has both its recipe.json and a stage that is done."]
+    trained = [(main, stage) for stage in (*main.done[:1], *main.done[1:][-1:])]
+    trained += [(run, run.done[-1]) for run in runs if run is not main and run.done]
+    names = [
+        f"{run.name}, stage {stage.number} ({stage.label})"
+        if len(runs) > 1
+        else f"student after stage {stage.number} ({stage.label})"
+        for run, stage in trained
+    ]
+    students = {name: stage.folder for name, (_, stage) in zip(names[:_MOST_STUDENTS], trained, strict=False)}
+    last = names[1] if len(main.done) > 1 else names[0]
+    left_out = []
+    if len(trained) > _MOST_STUDENTS:
+        left_out.append(f"Pictures show {_MOST_STUDENTS} of {len(trained)} students.")
+    teacher = main.teachers[-1] if main.teachers else None
+    try:
+        recipe = parse_recipe(main.recipe, str(main.folder / "recipe.json"))
+        pictures = take_pictures(recipe, teacher, students, count, device=device)
+    except MtpdError as error:
+        return None, [], [f"No pictures: {error}"]
+    except Exception as error:  # noqa: BLE001 - detectors raise what they like; the rest of the page is worth having
+        return None, [], [f"No pictures: a detector failed: {type(error).__name__}: {error}"]
+    return pictures, [name for name in (teacher, last) if name], left_out
+
+
+@dataclass(frozen=True)
+class _Label:
+    """An object's class and score, and where they are written, unless they would cover those of a better one."""
+
+    text: str
+    x: float
+    y: float
+    anchor: str
+    written: bool
+
+
+def _labelled(
+    objects: Sequence[SeenObject], picture: Picture, classes: Sequence[str]
+) -> list[tuple[SeenObject, _Label]]:
+    """Objects with their labels, in pixels of the image; the labels of the best are written first."""
+    font = picture.width / _LETTERS
+    taken: list[tuple[float, float, float]] = []
+    labelled = []
+    for seen in sorted(objects, key=lambda seen: -(seen.score or 0)):
+        name = classes[seen.label] if seen.label < len(classes) else f"class {seen.label}"
+        text = name if seen.score is None else f"{name} {seen.score:.2f}"
+        x1, y1, x2, _ = seen.box
+        width = 0.6 * font * len(text)
+        at_right = x1 + width > picture.width
+        left = min(x2, picture.width) - width if at_right else max(x1, 0)
+        y = y1 - font / 4 if y1 > 1.3 * font else y1 + font
+        free = all(abs(y - other) > font or left > end or left + width < start for start, end, other in taken)
+        if free:
+            taken.append((left, left + width, y))
+        labelled.append(
+            (seen, _Label(text, left + width if at_right else left, y, "end" if at_right else "start", free))
+        )
+    return labelled[::-1]  # the best lie on top
+
+
+def _missing(runs: Sequence[Run]) -> list[str]:
+    """A sentence on everything that runs lack."""
+    found = []
+    for run in runs:
+        where = f"{run.name}: " if len(runs) > 1 else ""
+        if not run.recipe:
+            found.append(f"{where}No recipe.json, so what was planned, the cache and pictures cannot be shown.")
+        for stage in run.stages:
+            name = f"{where}Stage {stage.number} ({stage.label})"
+            if not stage.begun:
+                found.append(f"{name} was not trained yet.")
+                continue
+            if stage.result is None:
+                found.append(
+                    f"{name} was begun and is not done: its curves go as far as it came, and it has no result."
+                )
+            if not stage.curves:
+                found.append(f"{name} has no training scalars ({stage.folder.name}/*/vis_data/scalars.json).")
+            for scalar, times in stage.not_finite.items():
+                found.append(
+                    f"{name}: {scalar} was NaN or infinite in {times} of the lines logged; they are not drawn."
+                )
+            if damaged := (stage.result or {}).get("damaged_rows"):
+                found.append(f"{name}: {damaged:,} times a damaged row of the cache was skipped.")
+    if not any(_is_order(run.order) for run in runs):
+        found.append("No order.json, so adaptation costs are not known (mtpd order finds them).")
+    return found
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

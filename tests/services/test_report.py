@@ -1,0 +1,280 @@
+"""The report of real runs: its numbers, what it says of missing parts, what it lets through from names, how it fits a phone."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmdet.evaluation.functional import bbox_overlaps
+
+from cache import RecipeError
+from services.charts import Band, Line, line_chart
+from services.precompute import FillResult
+from services.records import keep_recipe, record_fill
+from services.report import write_report
+from services.runs import read_run
+from tests import models
+from tests.trainer import precompute
+from trainer import Recipe, parse_recipe, take_pictures, train_stage
+
+DEMO = Path(__file__).parents[2] / "recipes" / "demo"
+VOID = {"meta", "img", "br"}
+NONE = "\N{EN DASH}"
+
+
+class Page(HTMLParser):
+    """A page as a browser's parser meets it: it must be balanced, and fetch nothing."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.cells: list[list[str]] = []
+        self.words = ""
+        self.feed(text)
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [str(value) for name, value in attrs if name in ("src", "href", "data", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.cells.append([])
+        if tag in ("td", "th") and self.cells:
+            self.cells[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag == "p":
+            self.words += " "
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["style"]:
+            assert "url(" not in data
+            assert "@import" not in data
+            return
+        self.words += data
+        if self.open and {"td", "th"} & set(self.open):
+            self.cells[-1][-1] += data.strip()
+
+
+@pytest.fixture(scope="module")
+def made(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A run of two stages of two epochs, evaluated after each."""
+    folder = tmp_path_factory.mktemp("report")
+    content = models.recipe(data, folder)
+    content["views"]["flip"] = "none"
+    content["student"]["cfg_options"]["train_cfg.val_interval"] = 1
+    for stage in content["stages"]:
+        stage["epochs"] = 2
+    for teacher in content["teachers"].values():
+        teacher["batch_size"] = 4
+    recipe = parse_recipe(content, "test")
+    keep_recipe(recipe)
+    for name in recipe.teachers:
+        assert not precompute.fill(recipe, name)
+    for number in (1, 2):
+        train_stage(recipe, number)
+    return recipe, Path(recipe.work_dir)
+
+
+def result(folder: Path, stage: int) -> dict:
+    return json.loads((folder / f"stage-{stage}" / "result.json").read_text())
+
+
+def test_the_page_holds_the_numbers_of_the_results_and_fetches_nothing(made, tmp_path: Path) -> None:
+    _, folder = made
+    text = write_report(folder, out=tmp_path / "page.html", images=2).read_text()
+    page = Page(text)
+    assert page.links
+    assert all(link.startswith(("data:image/", "#")) for link in page.links)
+    assert "http" not in re.sub(r"base64,[\w+/=]+", "", text)
+    head = next(row for row in page.cells if row[:1] == ["stage"])
+    for stage, teacher in ((1, "small"), (2, "swin")):
+        metrics, row = result(folder, stage)["metrics"], next(r for r in page.cells if r[:2] == [str(stage), teacher])
+        shown = dict(zip(head, row, strict=True))
+        for column, metric in (("AP", "mAP"), ("AP50", "mAP_50"), ("AP-L", "mAP_l")):
+            value = metrics.get(f"bbox_{metric}", 0.0 if metric == "mAP" else -1)
+            assert shown[column] == (NONE if value < 0 else f"{100 * value:.1f}")
+        assert shown["targets"] == str(result(folder, stage)["images"])
+    # both stages' curves, in one chart a scalar: the losses of mechanisms too
+    assert {"loss_PKDLoss", "loss_MGDLoss", "loss_cls", "lr"} <= set(re.findall(r'aria-label="(\w+)"', text))
+    # 20 rows a teacher, of images that were seen in 2 stages of 2 epochs
+    used = result(folder, 1)["images"] + result(folder, 2)["images"]
+    assert "<dt>teacher forwards made</dt><dd>40<small>one an image, view and teacher</small></dd>" in text
+    assert f"<dt>without the cache</dt><dd>{used}<" in text
+    assert text.count("data:image/jpeg") == 2
+    # of teacher and student P3 to P7 of both images
+    assert text.count("data:image/png") == 2 * 2 * 5
+
+
+def test_evaluations_of_a_stage_are_joined_over_stages_in_epochs(made) -> None:
+    _, folder = made
+    run = read_run(folder)
+    series = run.series("bbox_mAP")
+    assert [epoch for epoch, _ in series] == [1, 2, 3, 4]
+    assert [series[1][1], series[3][1]] == [
+        pytest.approx(100 * result(folder, n)["metrics"]["bbox_mAP"]) for n in (1, 2)
+    ]
+    first, second = run.curve("loss")
+    assert 0 < first[0][0] <= 1
+    assert first[-1][0] <= 2 < second[0][0]
+
+
+def test_a_resumed_stage_counts_once_what_it_did_twice(tmp_path: Path) -> None:
+    def log(name: str, lines: list[str]) -> None:
+        (tmp_path / "stage-1" / name / "vis_data").mkdir(parents=True)
+        (tmp_path / "stage-1" / name / "vis_data" / "scalars.json").write_text("\n".join(lines))
+
+    def training(step: int, loss: float) -> str:
+        return json.dumps({"lr": 0.1, "loss": loss, "epoch": 1 + (step - 1) // 10, "iter": step, "step": step})
+
+    killed = [*(training(step, 1.0) for step in (5, 10, 15)), '{"coco/bbox_mAP": 0.1, "step": 1}', '{"lr": 0.1, "lo']
+    log("20260101_000000", killed)
+    log("20260101_000100", [*(training(step, 2.0) for step in (13, 18, 20)), '{"coco/bbox_mAP": 0.3, "step": 2}'])
+    (stage,) = read_run(tmp_path).stages
+    assert [value for _, value in stage.curves["loss"]] == [1.0, 1.0, 2.0, 2.0, 2.0]
+    assert stage.evaluations["bbox_mAP"] == ((1.0, 0.1), (2.0, 0.3))
+    assert stage.result is None
+    assert stage.begun
+
+
+def test_missing_parts_are_named_and_the_rest_is_shown(made, tmp_path: Path) -> None:
+    _, folder = made
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "stage-2" / "result.json").unlink()
+    content = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    content["cache"]["uri"] = str(tmp_path / "gone")
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(content))
+    for scalars in (tmp_path / "run" / "stage-1").glob("*/vis_data/scalars.json"):
+        scalars.unlink()
+    page = Page(write_report(tmp_path / "run", images=1).read_text())
+    assert f"The cache {tmp_path}/gone holds nothing of small, swin" in page.words
+    assert "Stage 2 (swin) was begun and is not done" in page.words
+    assert "Stage 1 (small) has no training scalars" in page.words
+    assert ["2", "swin", "MGDLoss", "2", "begun, not done"] in page.cells
+    assert "student after stage 1 (small)" in page.words
+    (tmp_path / "run" / "recipe.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "stage-2")
+    page = Page(write_report(tmp_path / "run").read_text())
+    assert "No recipe.json" in page.words
+    assert "No pictures" in page.words
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match="holds no stage-N"):
+        write_report(tmp_path / "empty")
+
+
+def test_several_runs_a_study_and_an_order_with_names_that_are_markup(made, tmp_path: Path) -> None:
+    _, folder = made
+    name = "<blink>\"&'"
+    for arm in ("alone", name):
+        shutil.copytree(folder, tmp_path / "work" / arm, ignore=shutil.ignore_patterns("*.pth"))
+    costs = {"student": {name: 0.25, "b": 0.7125}, name: {"student": 0.5, "b": 0.6}, "b": {"student": 0.4, name: 0.3}}
+    order = {
+        "costs": costs,
+        "aps": {name: 12.34, "b": 30.0},
+        "sequence": ["b"],
+        "reasons": {name: "<blink>", "b": "best"},
+    }
+    (tmp_path / "work" / "alone" / "order.json").write_text(json.dumps(order))
+    arms = {f"{name}-0": {"mAP": 10.0}, f"{name}-1": {"mAP": 14.0}, "other-0": {"mAP": 9.5}, "killed-0": {}}
+    (tmp_path / "study.json").write_text(json.dumps({name: {"settings": {"epochs": name}, "arms": arms}}))
+    page = Page(write_report(tmp_path / "work", study=tmp_path / "study.json", images=0).read_text())
+    assert "blink" not in page.tags
+    assert page.words.count(name) >= 5
+    assert ["student", NONE, "0.250", "0.713"] in page.cells
+    assert [name, "0.500", NONE, "0.600"] in page.cells
+    assert [name, "12.3", NONE, "<blink>"] in page.cells
+    assert any(row[:4] == [name, "2", "12.00", "2.83"] for row in page.cells)
+    assert any(row[:4] == ["other", "1", "9.50", NONE] for row in page.cells)
+    (tmp_path / "study.json").write_text('{"arms": {}}')
+    with pytest.raises(RecipeError, match="not a file of results"):
+        write_report(tmp_path / "work", study=tmp_path / "study.json", images=0)
+
+
+def test_records_of_precomputes_accumulate_and_a_recipe_with_credentials_is_not_written(made, tmp_path: Path) -> None:
+    recipe, folder = made
+    mine = recipe.model_copy(update={"work_dir": str(tmp_path / "run")})
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.pth"))
+    group = next(path.name for path in Path(recipe.cache.uri).iterdir() if path.name.startswith("small-"))
+    for computed, seconds, share in ((15, 10.0, 1.0), (9, 12.0, 0.5), (0, 1.0, 0.0)):
+        record_fill(mine, FillResult("small", group, 20, computed, (), 100, 1000, seconds, share))
+    text = write_report(tmp_path / "run", images=0).read_text()
+    # four rows were computed twice: 24 forwards, and 20 of the other teacher, of which nothing is recorded
+    assert "<dt>teacher forwards made</dt><dd>44<" in text
+    assert ["small", "24", "0", "22.0 s", "1.1", "72.7 %", "200 B", "2"] in Page(text).cells
+    assert "No precompute of teacher swin is recorded" in text
+    secret = mine.cache.model_copy(update={"uri": "s3://key:geheim@bucket/prefix"})
+    with pytest.raises(RecipeError, match="holds credentials"):
+        keep_recipe(mine.model_copy(update={"cache": secret, "work_dir": str(tmp_path / "new")}))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_teachers_boxes_lie_on_the_objects_of_the_image_as_it_is_stored(data: Path, tmp_path: Path) -> None:
+    content = models.recipe(data, tmp_path, stages=[{"epochs": 1}])
+    content["views"]["scale"] = [
+        192,
+        144,
+    ]  # what the demo's teacher was trained on; images are larger and of four shapes
+    config, checkpoint = DEMO / "retinanet_swin_w32.py", DEMO / "swin_w32.pth"
+    content["teachers"] = {"swin": {"config": str(config), "checkpoint": str(checkpoint)}}
+    taken = take_pictures(parse_recipe(content, "test"), "swin", {}, 6)
+    best = []
+    for picture in taken.images:
+        assert (picture.width, picture.height) in {(256, 192), (192, 256), (224, 224), (288, 160)}
+        found = np.array([seen.box for seen in picture.sights["swin"].objects], np.float32).reshape(-1, 4)
+        truth = np.array([seen.box for seen in picture.truth], np.float32)
+        best += bbox_overlaps(found, truth).max(axis=1).tolist()
+        energy = picture.sights["swin"].energy
+        assert list(energy) == ["P3", "P4", "P5", "P6", "P7"]
+        assert all(1 <= share < 2 for share in energy["P3"].share)
+    assert len(best) > 5
+    assert np.median(best) > 0.6  # in the pixels of the view it would be near 0.3
+
+
+def test_charts_keep_their_points_inside_and_their_values_apart() -> None:
+    lines = [
+        Line(name, [[(1, 10.0), (5, end)]], n, [5]) for n, (name, end) in enumerate({"a": 30.0, "b": 30.1}.items())
+    ]
+    chart = line_chart(lines, title="t", size=(340, 200), labels=("x", "y"), bands=[Band(0, 5, "s<1>")])
+    dots = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', chart)]
+    assert len(dots) == 4
+    assert all(0 <= x <= 340 and 0 <= y <= 200 for x, y in dots)
+    values = [float(y) for y in re.findall(r'class="value[^>]* y="([\d.]+)"', chart)]
+    assert abs(values[0] - values[1]) >= 12
+    assert "s&lt;1&gt;" in chart
+    assert line_chart([Line("one", [[(1, 0.0)]])], title="t", size=(340, 200), labels=("x", "y")).count("<circle") == 1
+    assert line_chart([], title="t", size=(340, 200), labels=("x", "y")) == ""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_the_page_is_no_wider_than_a_phone(made, tmp_path: Path) -> None:
+    _, folder = made
+    text = write_report(folder, out=tmp_path / "page.html", images=1).read_text()
+    # a window is never narrower than 500 px, a frame is
+    measure = (
+        "<script>parent.postMessage(document.documentElement.scrollWidth + ' of ' + innerWidth, '*')</script></body>"
+    )
+    (tmp_path / "page.html").write_text(text.replace("</body>", measure))
+    (tmp_path / "phone.html").write_text(
+        "<script>onmessage = event => document.title = event.data</script>"
+        '<iframe src="page.html" style="width:390px;height:800px;border:0"></iframe>'
+    )
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--hide-scrollbars", "--disable-gpu", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=3000", "--dump-dom", f"file://{tmp_path}/phone.html",
+    ]  # fmt: skip
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search(r"<title>390 of 390</title>", dumped), dumped[:600]

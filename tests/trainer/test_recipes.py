@@ -1,0 +1,202 @@
+"""The recipes for COCO, all but their data and checkpoints real: each is planned, its cache filled, a step of each stage made."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from mmdet.datasets import CocoDataset
+from mmdet.registry import MODELS
+from mmengine.optim import build_optim_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from cache import RecipeError, load_index, make_plan, open_storage
+from tests.trainer import precompute
+from trainer import load_recipe, parse_recipe, read_annotations, stage_config, stage_dir, teacher_info
+from trainer.config import load_config
+from trainer.needs import needs_of
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes" / "coco").glob("*.yaml"))
+CLASSES = CocoDataset.METAINFO["classes"]
+# no downloads, one image a step, in this process
+_OPTIONS: dict[str, Any] = {
+    "model.backbone.init_cfg": None,
+    **{
+        f"{split}_dataloader.{key}": value
+        for split in ("train", "val")
+        for key, value in (("num_workers", 0), ("persistent_workers", False), ("batch_size", 1))
+    },
+}
+
+
+def content(recipe: Path) -> dict[str, Any]:
+    return yaml.safe_load(recipe.read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)  # init_weights lists every parameter, Swin says that nothing is downloaded
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of one image with the 80 classes of COCO; checkpoints and caches come beside it."""
+    folder = tmp_path_factory.mktemp("coco")
+    rng = np.random.default_rng(0)
+    cv2.imwrite(str(folder / "000000000009.jpg"), rng.integers(0, 256, (96, 128, 3)).astype(np.uint8))
+    objects = [
+        {
+            "id": n + 1,
+            "image_id": 9,
+            "category_id": n + 1,
+            "bbox": [x, y, w, h],
+            "area": w * h,
+            "iscrowd": 0,
+            "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+        }
+        for n, (x, y, w, h) in enumerate([(8, 8, 40, 30), (60, 20, 60, 70), (30, 60, 20, 20)])
+    ]
+    images = [{"id": 9, "file_name": "000000000009.jpg", "width": 128, "height": 96}]
+    categories = [{"id": n + 1, "name": name} for n, name in enumerate(CLASSES)]
+    text = json.dumps({"images": images, "annotations": objects, "categories": categories})
+    (folder / "annotations.json").write_text(text)
+    return folder
+
+
+def adapted(recipe: Path, place: Path) -> dict[str, Any]:
+    """A recipe's content with other data, other checkpoints, small views and nothing downloaded."""
+    made = content(recipe)
+    split = {"ann_file": str(place / "annotations.json"), "img_dir": str(place)}
+    made["dataset"] = {"train": split, "val": split}
+    scales = made["views"]["scale"]
+    made["views"]["scale"] = [[128, 96], [96, 64]][: len(scales)] if isinstance(scales[0], list) else [128, 96]
+    made["cache"]["uri"] = str(place / "cache")
+    made["work_dir"] = str(place / "work" / recipe.stem)
+    student = made["student"]
+    for entry in (*made["teachers"].values(), *([student] if student.get("checkpoint") else [])):
+        entry["checkpoint"] = str(checkpoint(entry["config"], place / Path(entry["checkpoint"]).name))
+    student["cfg_options"] = {**student.get("cfg_options", {}), **_OPTIONS}
+    return made
+
+
+def checkpoint(config: str, file: Path) -> Path:
+    """Random weights for a config."""
+    if not file.exists():
+        torch.manual_seed(0)
+        save_thin(MODELS.build(load_config(config, {"model.backbone.init_cfg": None}, "test").model), file)
+    return file
+
+
+def save_thin(model: nn.Module, file: Path) -> None:
+    """A checkpoint of kilobytes: along its first dimension a tensor repeats itself, of which torch stores one."""
+    thin = {
+        name: value[:1].clone().expand_as(value) if value.is_floating_point() and value.dim() > 1 else value
+        for name, value in model.state_dict().items()
+    }
+    torch.save({"state_dict": thin}, file)
+
+
+def matched(made: dict[str, Any], teacher: str) -> set[str]:
+    """The levels that a recipe must store of a teacher, by hand."""
+    found: set[str] = set()
+    for stage in made["stages"]:
+        for mechanism in stage["mechanisms"] if stage["teacher"] == teacher else ():
+            finest = 2 if "rcnn" in made["student"]["config"] else 3
+            count = len(made["student"].get("capture", range(5)))
+            if mechanism["type"] != "LDLoss":
+                found |= set(mechanism.get("levels", [f"P{finest + k}" for k in range(count)]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def known() -> set[str]:
+    """Teachers whose targets are cached and stages that made their step: recipes share many of both."""
+    return set()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+def test_a_recipe_is_planned_cached_and_every_stage_makes_a_step(
+    place: Path, known: set[str], recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)  # recipes name their own configs from here
+    made = adapted(recipe, place)
+    parsed = parse_recipe(made, recipe.name)
+    images = read_annotations(parsed.dataset.train.ann_file, "test").images
+    for name in parsed.teachers:
+        stored = repr((parsed.teachers[name], parsed.views, needs_of(parsed, name)))
+        if stored not in known:
+            assert precompute.fill(parsed, name) == []
+            known.add(stored)
+        info = teacher_info(parsed, name)
+        plan = make_plan(images, parsed.policy, info, committed=load_index(open_storage(parsed.cache.uri), info))
+        assert plan.total == len(parsed.policy)
+        assert plan.todo == 0
+        assert {level.name for level in info.levels} >= matched(made, name)
+        assert set(needs_of(parsed, name).levels) == matched(made, name)
+        assert {level.channels for level in info.levels} <= {256}
+    for number, spec in enumerate(parsed.stages, start=1):
+        student = stage_dir(parsed, number) / "student.pth"
+        cfg = stage_config(parsed, number)
+        step = repr((parsed.student, parsed.teachers[spec.teachers[0]], spec.mechanisms, number == 1))
+        if step not in known or number < len(parsed.stages):
+            model = MODELS.build(cfg.model)
+            model.init_weights()
+            model.train()
+            # a Runner would spend seconds on formatting the config
+            (data,) = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+            logs = model.train_step(data, build_optim_wrapper(model, cfg.optim_wrapper))
+            losses = {key: value.item() for key, value in logs.items()}
+            assert all(np.isfinite(value) for value in losses.values()), losses
+            for mechanism in spec.mechanisms:
+                assert losses[f"loss_{mechanism['type']}"] > 0, losses
+            known.add(step)
+        if number < len(parsed.stages):
+            student.parent.mkdir(parents=True, exist_ok=True)
+            save_thin(model.student, student)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+def test_a_recipe_says_what_to_expect_and_what_to_download(recipe: Path) -> None:
+    head = recipe.read_text().split("dataset:")[0]
+    made = content(recipe)
+    assert re.search(r"^# Expected: (not known|\d\d\.\d .*\((published|read from|figure))", head, re.M), head
+    assert made["work_dir"].endswith(recipe.stem)
+    for entry in (*made["teachers"].values(), made["student"]):
+        name = Path(entry.get("checkpoint") or "none").name
+        if name == "none":
+            continue
+        stem = re.search(rf"^#   {re.escape(name)} .*AP\): (\S+\.pth)$", head, re.M)
+        if stem is None:
+            assert f"{name}: no download exists" in head
+        else:  # the file is one that mmdet's own lists name for this config, or its 3x weights for the 1x config
+            assert Path(stem[1]).name in _published()
+
+
+@cache
+def _published() -> str:
+    """What mmdet's own lists of models say."""
+    configs = Path(load_config("mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", None, "test").filename).parents[1]
+    return "\n".join(file.read_text() for file in configs.glob("*/metafile.yml"))
+
+
+def test_without_the_data_a_recipe_names_each_file_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(RECIPES[0])
+    for key in ("dataset.train.ann_file", "dataset.val.img_dir", "teachers."):
+        assert key in str(error.value)
+    assert "no such file: " in str(error.value)

@@ -1,0 +1,300 @@
+"""Sampled views replayed for teacher and student; a student at reduced scale; several scales; schedules."""
+
+import json
+import random
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmcv.transforms import BaseTransform
+from mmdet.registry import DATASETS, TRANSFORMS
+
+from cache import Images, RecipeError, SampledPolicy, TeacherCache, make_plan
+from tests import models
+from tests.trainer import precompute
+from tests.trainer.test_stage import losses
+from trainer import (
+    ApplySampledView,
+    Distiller,
+    LiveMaps,
+    Recipe,
+    Teacher,
+    UnitComputer,
+    parse_recipe,
+    read_annotations,
+    stage_config,
+    teacher_info,
+    train_stage,
+)
+from trainer.annotations import Annotations
+from trainer.mechanisms import MECHANISMS
+from trainer.mechanisms.base import fit
+from trainer.stage_config import _set_schedule
+
+SIZE = [96, 128]
+CROP = [
+    {"type": "RandomResize", "scale": [[160, 120], [240, 200]], "keep_ratio": True},
+    {"type": "RandomCrop", "crop_size": [120, 90], "allow_negative_crop": True},
+    {"type": "RandomFlip", "prob": [0.4, 0.3], "direction": ["horizontal", "vertical"]},
+    {"type": "PhotoMetricDistortion"},
+]
+MOSAIC = [
+    {"type": "Mosaic", "img_scale": [128, 96], "pad_val": 114.0},
+    {"type": "RandomAffine", "scaling_ratio_range": [0.5, 1.5], "border": [-64, -48]},
+    {"type": "MixUp", "img_scale": [128, 96], "ratio_range": [0.8, 1.6], "pad_val": 114.0},
+    {"type": "Resize", "scale": [128, 96], "keep_ratio": False},
+]
+PASTE = [{"type": "Resize", "scale": [128, 96]}, {"type": "CopyPaste", "max_num_pasted": 20}, *CROP[2:]]
+
+
+def sampled(data: Path, folder: Path, pipeline: list, *, count: int = 2, masks: bool = False, **more) -> Recipe:
+    views = {"sampled": {"pipeline": pipeline, "count": count, "size": SIZE, "masks": masks, "val_scale": [128, 96]}}
+    return parse_recipe(models.recipe(data, folder, views=views, **more), "test")
+
+
+def generators() -> tuple:
+    """Where the process's generators are."""
+    kind, numbers, *rest = np.random.get_state()  # noqa: NPY002 - what transforms draw from
+    return kind, numbers.tolist(), rest, random.getstate(), torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize(("pipeline", "masks"), [(CROP, False), (MOSAIC, False), (PASTE, True)])
+def test_teacher_and_student_see_the_same_pixels(data: Path, tmp_path: Path, pipeline: list, masks: bool) -> None:
+    student = "mask-rcnn-r18" if masks else "retinanet-r18"
+    recipe = sampled(data, tmp_path, pipeline, masks=masks, student=student)
+    info = teacher_info(recipe, "small")
+    images = read_annotations(recipe.dataset.train.ann_file, "test").images
+    computer = UnitComputer(
+        Teacher(recipe.teachers["small"], "small"), info, recipe.policy, recipe.dataset.train, batch_size=1, decoders=2
+    )
+    before = generators()
+    seen = {}
+    for unit in make_plan(images, recipe.policy, info).units():
+        pixels, failures = computer.decode(unit)
+        assert failures == []
+        seen |= {(one.row.image_id, one.row.view): one.image for one in pixels}
+    assert generators() == before
+    assert len(seen) == 40
+    dataset = DATASETS.build(stage_config(recipe, 1, "online").train_dataloader.dataset)
+    objects = 0
+    for item in reversed(range(len(dataset))):  # another order, and images without objects filtered out
+        sample = dataset[item]
+        packed = sample["data_samples"]
+        assert torch.equal(sample["inputs"], seen[packed.img_id, packed.view])
+        assert sample["inputs"].dtype == torch.uint8
+        assert packed.img_shape == tuple(SIZE)
+        found = packed.gt_instances
+        objects += len(found)
+        if masks and len(found):
+            assert found.masks.masks.shape[1:] == tuple(SIZE)
+    assert objects > 20
+    different = [not torch.equal(seen[i, 0], seen[i, 1]) for i in images.ids.tolist()]
+    assert np.mean(different) > 0.9
+
+
+def test_boxes_and_masks_lie_on_the_pixels_of_their_objects(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "white"
+    folder.mkdir()
+    image = np.zeros((120, 160, 3), np.uint8)
+    image[40:80, 60:110] = 255
+    cv2.imwrite(str(folder / "a.png"), image)
+    polygon = [60, 40, 110, 40, 110, 80, 60, 80]
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [60, 40, 50, 40], "area": 2000, "iscrowd": 0}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 160, "height": 120}],
+        "categories": [{"id": 1, "name": "white"}],
+        "annotations": [{**annotation, "segmentation": [polygon]}],
+    }
+    (tmp_path / "white.json").write_text(json.dumps(content))
+    record = dict(pipeline=CROP[:3], seed=0, pad=0, masks=True)
+    policy = SampledPolicy(12, (96, 128), record).to_json()
+    view = ApplySampledView(policy, str(tmp_path / "white.json"), str(folder))
+    loaded, corners = view.load(1), set()
+    for number in range(12):
+        made = view.make(loaded, number)
+        if not len(made["gt_bboxes"]):
+            continue
+        box = made["gt_bboxes"].tensor[0].numpy()
+        for bright in (made["img"][..., 0] > 127, made["gt_masks"].masks[0] > 0):
+            ys, xs = np.nonzero(bright)
+            assert np.abs(box - (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)).max() <= 1.5
+        corners.add(tuple(box.round().tolist()))
+    assert len(corners) > 8
+
+
+def test_a_cache_of_sampled_views_gives_the_losses_of_the_teacher_beside_the_student(
+    data: Path, tmp_path: Path
+) -> None:
+    stages = [{"teacher": "small", "mechanisms": [{"type": "FeatureMatchingLoss", "loss_weight": 0.1}], "epochs": 1}]
+    recipe = sampled(data, tmp_path, CROP, stages=stages)
+    assert precompute.fill(recipe, "small") == []
+    cached, online = (losses(recipe, 1, source, 2, mixed=False) for source in ("cache", "online"))
+    for a, b in zip(cached, online, strict=True):
+        assert a == pytest.approx(b, rel=2e-3)
+    assert train_stage(recipe, 1).images > 0
+
+
+def test_other_annotations_or_another_pipeline_are_another_cache(data: Path, tmp_path: Path) -> None:
+    recipe = sampled(data, tmp_path, CROP)
+    content = json.loads(Path(recipe.dataset.train.ann_file).read_text())
+    content["info"] = "this decides nothing"
+    records = [teacher_info(recipe, "small").record["views"]]
+    for number, change in enumerate((lambda: None, lambda: content["annotations"][0]["bbox"].__setitem__(0, 1))):
+        change()
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps(content))
+        split = recipe.dataset.train.model_copy(update={"ann_file": str(file)})
+        other = recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update={"train": split})})
+        records.append(other.policy.to_json())
+    assert records[0] == records[1] != records[2]
+    assert sampled(data, tmp_path, CROP[:2]).policy.to_json() != records[0]
+
+
+def test_a_view_that_cannot_be_made_is_a_failure_of_its_row(data: Path, tmp_path: Path) -> None:
+    large = [{"type": "RandomChoiceResize", "scales": [[128, 96], [256, 192]], "keep_ratio": False}]
+    failures = precompute.fill(sampled(data, tmp_path / "a", large, count=3), "small")
+    assert 0 < len(failures) < 60
+    assert all(f"view {f.view} is 256x192 after the pipeline" in f.reason for f in failures)
+    cache = TeacherCache.open(str(tmp_path / "a" / "cache"), "small")
+    assert len(cache) == 60 - len(failures)
+    negative = [{"type": "RandomCrop", "crop_size": [2, 2], "allow_negative_crop": False}]
+    failures = precompute.fill(sampled(data, tmp_path / "b", negative), "small")
+    assert failures
+    assert "(RandomCrop) refuses it 15 times" in failures[0].reason
+
+
+def test_a_partner_that_cannot_be_read_is_named(data: Path, tmp_path: Path) -> None:
+    recipe = sampled(data, tmp_path, MOSAIC)
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in Path(recipe.dataset.train.img_dir).iterdir():
+        if file.name != "00000003.jpg":
+            (images / file.name).write_bytes(file.read_bytes())
+    view = ApplySampledView(recipe.policy.to_json(), recipe.dataset.train.ann_file, str(images))
+    reasons = []
+    for image_id in (1, 2, 4, 5, 6, 7, 8):
+        try:
+            view.make(view.load(image_id), 0)
+        except ValueError as error:
+            reasons.append(str(error))
+    assert reasons
+    assert all(
+        r == f"is mixed with {images}/00000003.jpg, which cannot be read: No such file or directory" for r in reasons
+    )
+
+
+@TRANSFORMS.register_module()
+class OwnGenerator(BaseTransform):
+    """A transform whose randomness nobody seeds."""
+
+    def transform(self, results: dict) -> dict:
+        results["img"] = np.roll(results["img"], int(np.random.default_rng().integers(1, 50)), axis=1)
+        return results
+
+
+def test_a_pipeline_that_cannot_be_replayed_stops_the_precompute(data: Path, tmp_path: Path) -> None:
+    resize = {"type": "Resize", "scale": [128, 96]}
+    with pytest.raises(RecipeError, match=r"made twice, view \d of image \d+ differs"):
+        precompute.fill(sampled(data, tmp_path, [resize, {"type": "OwnGenerator"}]), "small")
+
+
+@pytest.mark.parametrize(
+    ("views", "expected"),
+    [
+        ({}, r"give exactly one of the two"),
+        ({"scale": [128, 96], "sampled": {"pipeline": CROP, "count": 1, "size": SIZE}}, "give exactly one of the two"),
+        ({"sampled": {"pipeline": CROP, "count": 1, "size": SIZE}, "flip": "none"}, "flip belongs to `scale`"),
+        ({"sampled": {"pipeline": [], "count": 1, "size": SIZE}}, "a pipeline is a list of mmdet transforms"),
+        ({"sampled": {"pipeline": [{"type": "Rotator"}], "count": 1, "size": SIZE}}, "transform 1: Rotator: "),
+        (
+            {"sampled": {"pipeline": [CROP[0], {"type": "PackDetInputs"}], "count": 1, "size": SIZE}},
+            "transform 2: PackDetInputs: loading and packing are not part of a view",
+        ),
+        (
+            {"sampled": {"pipeline": [{"type": "CachedMosaic"}], "count": 1, "size": SIZE}},
+            "transform 1: CachedMosaic mixes images that it met before.*take Mosaic",
+        ),
+    ],
+)
+def test_each_fault_of_the_views_is_told(data: Path, tmp_path: Path, views: dict, expected: str) -> None:
+    with pytest.raises(RecipeError, match=r"test: views[^\n]*" + expected):
+        parse_recipe(models.recipe(data, tmp_path, views=views), "test")
+
+
+FEATURES = [name for name, kind in MECHANISMS.module_dict.items() if kind.needs == {"features"}]
+
+
+def test_a_student_at_half_scale_trains_against_targets_of_whole_views(data: Path, tmp_path: Path) -> None:
+    mechanisms = [{"type": name, "loss_weight": 0.01} for name in FEATURES]
+    stages = [{"teacher": "swin", "mechanisms": mechanisms, "epochs": 1}]
+    content = models.recipe(data, tmp_path, stages=stages)
+    content["student"]["input_scale"] = 0.5
+    content["teachers"]["swin"]["pool"] = {"P3": 2}
+    recipe = parse_recipe(content, "test")
+    precompute.fill(recipe, "swin")
+    cached, online = (losses(recipe, 1, source, 2) for source in ("cache", "online"))
+    for a, b in zip(cached, online, strict=True):
+        assert np.isfinite(list(a.values())).all()
+        assert a == pytest.approx(b, rel=2e-3)
+    cfg = stage_config(recipe, 1)
+    scales = [t["scale"] for t in cfg.val_dataloader.dataset.pipeline if t["type"] == "Resize"]
+    assert scales == [(64, 48)]
+    content["student"]["input_scale"] = 1.0
+    whole = stage_config(parse_recipe(content, "test"), 1).train_dataloader.dataset.dataset.pipeline
+    assert "Resize" not in [t["type"] for t in whole]
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.7])
+def test_maps_of_a_small_student_line_up_with_the_teachers(data: Path, tmp_path: Path, scale: float) -> None:
+    """A ramp of brightness, averaged over the cells of each level, must be the same ramp on both sides."""
+    content = models.recipe(data, tmp_path)
+    content["student"]["input_scale"] = scale
+    recipe = parse_recipe(content, "test")
+    arguments = {k: v for k, v in stage_config(recipe, 1, "online").model.items() if k != "type"}
+    distiller = Distiller(**{**arguments, "teachers": {"small": {"levels": {"P3": [16, 8, 1]}}}})
+    height, width = 192, 288
+    ramp = torch.arange(width).float().expand(height, width)[None, None] + 0.5
+    small = torch.nn.functional.interpolate(ramp, (round(height * scale), round(width * scale)), mode="area")
+    student = torch.nn.functional.pad(small, (0, -small.shape[-1] % 32, 0, -small.shape[-2] % 32))
+    maps = {"P3": torch.nn.functional.avg_pool2d(student, 8)}
+    teacher = LiveMaps({"P3": torch.nn.functional.avg_pool2d(ramp, 8)[0]}, {"P3": (24, 36)})
+    batch = distiller._batch("small", [teacher], maps, ramp, [], {"features": ()})
+    ours, theirs = fit(batch.maps["P3"], batch.targets["P3"], batch.valid["P3"]), batch.targets["P3"]
+    assert batch.valid["P3"].sum() == 24 * 36
+    inner = (..., slice(2, 20), slice(2, 32))
+    assert (ours - theirs)[inner].abs().max() <= 4  # pixels: half a cell of stride 8
+
+
+def test_several_scales_train_from_the_cache(data: Path, tmp_path: Path) -> None:
+    content = models.recipe(data, tmp_path, views={"scale": [[128, 64], [128, 96], [96, 64]]})
+    recipe = parse_recipe(content, "test")
+    assert precompute.fill(recipe, "small") == []
+    assert len(TeacherCache.open(recipe.cache.uri, "small")) == 20 * 6
+    cached, online = (losses(recipe, 1, source, 3) for source in ("cache", "online"))
+    for a, b in zip(cached, online, strict=True):
+        assert a == pytest.approx(b, rel=2e-3)
+    scales = [t["scale"] for t in stage_config(recipe, 1).val_dataloader.dataset.pipeline if t["type"] == "Resize"]
+    assert scales == [(128, 96)]
+
+
+@pytest.mark.parametrize(("epochs", "milestones"), [(6, [4, 5]), (12, [8, 11]), (24, [16, 22]), (36, [24, 33])])
+def test_schedules_of_a_set_of_cocos_size_are_the_published_ones(
+    data: Path, tmp_path: Path, epochs: int, milestones: list[int]
+) -> None:
+    content = models.recipe(data, tmp_path)
+    content["stages"][0]["epochs"] = epochs
+    del content["student"]["cfg_options"]["train_dataloader.batch_size"]
+    recipe = parse_recipe(content, "test")
+    cfg = stage_config(recipe, 1)
+    fresh = models.load_config(recipe.student.config, recipe.student.cfg_options, "test")
+    images = 117_266
+    column = np.full(images, 640)
+    coco = Annotations(Images(np.arange(images), column, column, [""] * images), ("a",), True)
+    _set_schedule(fresh, recipe.stages[0], coco, workers=8)
+    warm_up, steps = fresh.param_scheduler
+    assert (warm_up.type, warm_up.start_factor, warm_up.begin, warm_up.end) == ("LinearLR", 0.001, 0, 500)
+    assert (steps.type, steps.milestones, steps.gamma, steps.end) == ("MultiStepLR", milestones, 0.1, epochs)
+    assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.optimizer.momentum) == (0.01, 0.9)
+    assert fresh.optim_wrapper.clip_grad == {"max_norm": 35.0, "norm_type": 2}

@@ -1,0 +1,52 @@
+"""Which positions of a dense head are positive: the head's own assigner on the ground truth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from mmdet.models.dense_heads import FCOSHead
+from mmdet.models.utils import unpack_gt_instances
+from mmdet.structures import DetDataSample
+from mmdet.utils import reduce_mean
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a head learns at each position.
+
+    Attributes:
+        labels: per level (N, H * W * A) int64, a class; the number of classes for the background.
+        weights: per level (N, H * W * A) float32, zero where the head ignores a position: between its thresholds, or outside
+            an image's own padded view.
+        average: scalar float32, what the head divides its losses by, averaged over ranks: the number of positives, for FCOS
+            the sum of their centerness.
+    """
+
+    labels: list[Tensor]
+    weights: list[Tensor]
+    average: Tensor
+
+
+@torch.no_grad()
+def assign(
+    head: nn.Module, sizes: Sequence[tuple[int, int]], samples: Sequence[DetDataSample], device: torch.device
+) -> Assignment:
+    """The targets of a head of an anchor-based family, or FCOS, for a batch.
+
+    Args:
+        sizes: per level rows and columns of the head's maps.
+    """
+    truth, ignored, meta = unpack_gt_instances(list(samples))
+    if isinstance(head, FCOSHead):
+        points = head.prior_generator.grid_priors(sizes, dtype=torch.float32, device=device)
+        flat, boxes = head.get_targets(points, truth)
+        labels = [of_level.view(len(truth), -1) for of_level in flat]
+        positive = torch.cat(flat) < head.num_classes
+        centerness = head.centerness_target(torch.cat(boxes)[positive]).sum()
+        weights = [torch.ones_like(of_level, dtype=torch.float32) for of_level in labels]
+        return Assignment(labels, weights, reduce_mean(centerness).clamp(min=1e-6))
+    anchors, valid = head.get_anchors(sizes, meta, device=device)
+    # anchor-free assigners of this family put the anchors first: the rest is counted from the end
+    *_, labels, weights, _, _, count = head.get_targets(anchors, valid, truth, meta, batch_gt_instances_ignore=ignored)
+    return Assignment(labels, weights, reduce_mean(torch.tensor(float(count), device=device)).clamp(min=1))

@@ -1,0 +1,126 @@
+"""Sparse dense-logit distillation: the class logits of the student's head against the teacher's best positions."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from mmdet.models.losses.iou_loss import giou_loss
+from mmdet.models.losses.kd_loss import knowledge_distillation_kl_div_loss
+from mmdet.utils import reduce_mean
+from torch import Tensor, nn
+
+from cache import DenseLevel, Level, RecipeError, level_name
+from trainer.dense import check_dense, decode, dense_shape, flat_outputs, place, strides
+from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism
+from trainer.mechanisms.soft_targets import quality_focal
+
+
+@MECHANISMS.register_module()
+class DenseLogitLoss(Mechanism):
+    """Class logits at the positions that the cache keeps of the teacher's dense head, all levels in one sum.
+
+    - ``qfl``, the default of sigmoid heads (RetinaNet, GFL, ATSS, FCOS, RepPoints as they ship): ``loss_weight / Q * sum over
+      positions and classes of KDQFL(s, t)``, `quality_focal` with beta 1 as in CrossKD (Wang et al., CVPR 2024). Q is the sum
+      over the positions of the teacher's highest score, averaged over ranks, at least 1: the number of objects' positions that
+      the teacher expects, in place of CrossKD's number of positive anchors. Positions and Q are ours.
+    - ``kl``, the default of softmax heads: ``loss_weight * mean over positions of T^2 * mean over classes of KL(softmax(t / T) ||
+      softmax(s / T))``, mmdet's ``KnowledgeDistillationKLDivLoss`` (Hinton et al., 2015).
+    - ``box_weight > 0`` adds ``loss_weight * box_weight / Q * sum over positions of q * (1 - GIoU)`` of the decoded boxes, q the
+      teacher's highest score there. Both heads must be of one family; that is not seen from what is stored.
+
+    A position is (row, column, anchor). The heads must have as many anchors and classes as each other; sizes of anchors cannot be
+    compared. Positions outside the student's map are left out.
+
+    Args:
+        mode: ``qfl`` or ``kl``; by default what suits the student's head.
+        temperature: T.
+        levels: the levels to use; by default all that both heads have.
+
+    Raises:
+        RecipeError: (first step) no dense head, other anchors, classes, or box terms, no common level.
+    """
+
+    needs = frozenset({"dense"})
+
+    def __init__(
+        self,
+        student: Sequence[Level],
+        teacher: Sequence[Level],
+        *,
+        loss_weight: float = 1.0,
+        mode: Literal["qfl", "kl"] | None = None,
+        temperature: float = 10.0,
+        box_weight: float = 0.0,
+        levels: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(student, teacher, loss_weight=loss_weight)
+        if mode not in (None, "qfl", "kl"):
+            raise RecipeError(f"stages: DenseLogitLoss.mode: {mode!r} is not known; take qfl or kl.")
+        self.mode, self.temperature, self.box_weight = mode, temperature, box_weight
+        self.levels = None if levels is None else list(levels)
+
+    def loss(self, batch: Batch) -> Tensor:
+        head = student_head(batch, type(self).__name__)
+        stored = dense_of(batch, head, type(self).__name__)
+        names = [level_name(stride) for stride in strides(head)]
+        used = [name for name in names if name in stored[0]] if self.levels is None else self.levels
+        if not used or any(name not in names or name not in stored[0] for name in used):
+            raise RecipeError(
+                f"stages: DenseLogitLoss.levels: the student's head has {', '.join(names)}, the teacher's "
+                f"{', '.join(stored[0])}; name levels that both have."
+            )
+        flat = flat_outputs(head, batch.head_outputs)
+        ours, theirs, boxes, their_boxes = [], [], [], []
+        for name in used:
+            level = names.index(name)
+            logits, terms = flat[level]
+            size = tuple(batch.head_outputs[0][level].shape[-2:])
+            for n, of_image in enumerate(stored):
+                positions, kept = place(of_image[name], size)
+                ours.append(logits[n, positions])
+                theirs.append(of_image[name].logits[kept])
+                if self.box_weight:
+                    boxes.append(decode(head, level, positions, size, terms[n, positions]))
+                    their_boxes.append(decode(head, level, positions, size, of_image[name].terms[kept]))
+        s, t = torch.cat(ours), torch.cat(theirs)
+        sigmoid = s.shape[1] == head.num_classes
+        best = (t.sigmoid() if sigmoid else t.softmax(dim=1)[:, : head.num_classes]).amax(dim=1)
+        expected = reduce_mean(best.sum()).clamp(min=1)
+        if self.mode == "kl" or (self.mode is None and not sigmoid):
+            loss = knowledge_distillation_kl_div_loss(s, t, T=self.temperature)
+        else:
+            loss = quality_focal(s, t).sum() / expected
+        if self.box_weight:
+            loss = loss + self.box_weight * giou_loss(
+                torch.cat(boxes), torch.cat(their_boxes), best, avg_factor=expected
+            )
+        return loss
+
+
+def student_head(batch: Batch, mechanism: str) -> nn.Module:
+    """The student's dense head.
+
+    Raises:
+        RecipeError: it has none of a known family.
+    """
+    head = getattr(batch.student, "bbox_head", None)
+    check_dense(head, f"stages: {mechanism}: student")
+    return head
+
+
+def dense_of(batch: Batch, head: nn.Module, mechanism: str) -> Sequence[dict[str, DenseLevel]]:
+    """The teacher's stored outputs, if they are of a head like the student's.
+
+    Raises:
+        RecipeError: other anchors or classes.
+    """
+    anchors, classes, _ = dense_shape(head)
+    for of_image in batch.dense:
+        for name, dense in of_image.items():
+            if dense.shape[2] != anchors or dense.logits.shape[1] != classes:
+                raise RecipeError(
+                    f"stages: {mechanism}: on {name} the teacher's head has {dense.shape[2]} anchors and "
+                    f"{dense.logits.shape[1]} class logits a position, the student's {type(head).__name__} {anchors} and "
+                    f"{classes}. Take a teacher with such a head, or DetectionLoss, which only needs equal classes."
+                )
+    return batch.dense
