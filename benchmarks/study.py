@@ -1,6 +1,6 @@
 """Does it work? One student trained by several orders of teachers, at equal epochs, with several seeds.
 
-An arm is a chain of stages, a start and a mechanism (`arms`). The seed decides the student's first weights, the order of
+An arm is a chain of stages, a start and a mechanism (`study_arms`). The seed decides the student's first weights, the order of
 images and their views, so that arms of one seed differ in what their name says alone. Every start is a checkpoint that all
 arms of the seed share: ``random`` weights; ``inherited``, the same weights with neck and head of the strongest teacher over
 them; ``trained``, the student after the arm ``alone``. Distilled arms begin inherited unless their name says otherwise,
@@ -22,9 +22,8 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from io import StringIO
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,126 +32,28 @@ import numpy as np
 import torch
 import typer
 from mmdet.registry import MODELS
-from mmengine.runner import Runner
 
 from benchmarks.arms import load, lock, read, record, train
+from benchmarks.study_arms import CORE, Arm, arms, described, grid, mechanism
 from benchmarks.study_settings import GPU, SETTINGS, Setting
 from benchmarks.study_summary import summarise
 from services.present import say
 from trainer import (
     Recipe,
     SceneOptions,
-    TargetSource,
     generate,
     parse_recipe,
     read_annotations,
-    stage_config,
     train_stage,
 )
 from trainer.checkpoint import inherit, read_weights, save_student
 from trainer.config import load_config, set_classes
-from trainer.stage_config import student_config
+from trainer.evaluate import evaluate_teacher
 
 # objects of 29 pixels and more: the smaller ones of the demo's scenes are beyond every student here
 SCENES = SceneOptions(max_objects=4, min_size=0.2, clutter=3.0)
 FIRST_VAL_ID = 1_000_001  # behind every scene that a teacher was trained on
 TUNE_SEED = 100
-Teachers = str | tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
-class Arm:
-    """Stages as (teacher, several at once, or none; epochs), and what else differs between arms."""
-
-    stages: tuple[tuple[Teachers, int], ...]
-    start: str = "inherited"
-    mechanism: str = "PKD"
-    weight: float | None = None
-    source: TargetSource = "cache"
-    views: dict[str, Any] = field(default_factory=lambda: {"flip": "both"})
-
-    @property
-    def teachers(self) -> list[str]:
-        """The names of its teachers, in the order of the stages."""
-        at_once = (((one,) if isinstance(one, str) else one or ()) for one, _ in self.stages)
-        return list(dict.fromkeys(chain.from_iterable(at_once)))
-
-
-# weights by the grid's one seed, see docs/study.md
-MECHANISMS: dict[str, dict[str, Any]] = {
-    "PKD": {"type": "PKDLoss", "loss_weight": 2.0},
-    "feature matching": {"type": "FeatureMatchingLoss", "normalize": True, "loss_weight": 0.3},
-    "MGD": {"type": "MGDLoss", "loss_weight": 1e-5},
-    "CWD": {"type": "CWDLoss", "loss_weight": 5.0},
-    "FGD": {"type": "FGDLoss", "loss_weight": 1.0},
-}
-GRID = {
-    "PKD": (0.5, 2.0, 6.0),
-    "feature matching": (0.1, 0.3, 1.0),
-    "MGD": (1e-6, 1e-5),
-    "CWD": (1.0, 5.0),
-    "FGD": (0.1, 1.0),
-}
-CORE = ("alone", "inherited", "direct", "progressive")
-
-
-def arms(setting: Setting) -> dict[str, Arm]:
-    """All arms of a study, in the order of their worth, each of ``setting.epochs`` epochs."""
-    epochs, names = setting.epochs, list(setting.teachers)
-    weakest, strongest, half = names[0], names[-1], epochs // 2
-
-    def sequence(order: list[Teachers]) -> tuple[tuple[Teachers, int], ...]:
-        bounds = [epochs * number // len(order) for number in range(len(order) + 1)]
-        return tuple((name, end - begin) for name, begin, end in zip(order, bounds, bounds[1:], strict=False))
-
-    direct, alone = Arm(sequence([strongest])), Arm(sequence([None]))
-    progressive = Arm(sequence([*names]))
-    return {
-        "alone": replace(alone, start="random"),
-        "inherited": alone,
-        "direct": direct,
-        "progressive": progressive,
-        "twice": Arm(sequence([strongest, strongest])),
-        **{f"{name} first": Arm(sequence([name, strongest])) for name in setting.others},
-        "reversed": Arm(sequence(names[::-1])),
-        "weakest": Arm(sequence([weakest])),
-        "ensemble": Arm(sequence([tuple(names)])),
-        "inherited twice": Arm(sequence([None, None])),
-        "alone, then direct": Arm(((None, half), (strongest, epochs - half))),
-        "direct, then alone": Arm(((strongest, half), (None, epochs - half))),
-        "progressive, inherits from weakest": replace(progressive, start="inherited from weakest"),
-        "direct, random start": replace(direct, start="random"),
-        "progressive, random start": replace(progressive, start="random"),
-        "trained, alone": replace(alone, start="trained"),
-        "trained, direct": replace(direct, start="trained"),
-        "trained, progressive": replace(progressive, start="trained"),
-        "online": replace(direct, source="online"),
-        **{f"direct, {name}": replace(direct, mechanism=name) for name in MECHANISMS if name != "PKD"},
-        "views 1": replace(direct, views={"flip": "none"}),  # `direct` has two
-    }
-
-
-def grid(setting: Setting) -> dict[str, Arm]:
-    """The arms of ``--tune``: every mechanism with every weight of its grid, the strongest teacher directly; and without."""
-    every = arms(setting)
-    direct = every["direct"]
-    return {"tune no distillation": every["inherited"]} | {
-        f"tune {name} {weight:g}": replace(direct, mechanism=name, weight=weight)
-        for name, weights in GRID.items()
-        for weight in weights
-    }
-
-
-def mechanism(arm: Arm) -> dict[str, Any]:
-    """The mechanism of an arm as a recipe says it."""
-    return MECHANISMS[arm.mechanism] | ({} if arm.weight is None else {"loss_weight": arm.weight})
-
-
-def described(arm: Arm) -> dict[str, Any]:
-    """What is kept of an arm beside its result: an arm that was trained otherwise must not pass for this one."""
-    return json.loads(
-        json.dumps({**asdict(arm), "mechanism": mechanism(arm) if arm.teachers else None, "weight": None})
-    )
 
 
 def prepare(setting: Setting, root: Path, folder: Path | None) -> None:
@@ -198,7 +99,13 @@ def _recipe(setting: Setting, root: Path, train_file: Path, work_dir: Path, seed
         "train": {"ann_file": train_file, "img_dir": data / "pool"},
         "val": {"ann_file": data / "annotations" / "val.json", "img_dir": data / "val"},
     }
-    views = {"scale": list(setting.scale), "flip": "both"} | content.pop("views", {})
+    given = content.pop("views", {})
+    if "sampled" in given:
+        # padded to a square, in which scenes and images of every orientation fit
+        long = max(setting.scale)
+        views = {"sampled": {"size": [long, long], "val_scale": list(setting.scale)} | given["sampled"]}
+    else:
+        views = {"scale": list(setting.scale), "flip": "both"} | given
     cache = {"uri": str(root / "cache"), "precision": "int8"}
     common = {"dataset": dataset, "views": views, "cache": cache, "training": {"seed": seed}, "work_dir": str(work_dir)}
     return parse_recipe(common | content, "study")
@@ -234,14 +141,12 @@ def teacher(setting: Setting, root: Path, name: str) -> dict[str, Any]:
 
 def evaluate(setting: Setting, root: Path, name: str) -> float:
     """A teacher's box AP in points on the images that students are evaluated on."""
-    spec = teacher(setting, root, name)
-    student = {"config": spec["config"], "cfg_options": spec["cfg_options"]}
+    teachers, stages = {name: teacher(setting, root, name)}, [{"epochs": 1}]
     work_dir = root / "evaluated" / name
-    recipe = _recipe(setting, root, root / "train.json", work_dir, 0, student=student, stages=[{"epochs": 1}])
-    config = student_config(stage_config(recipe, 1))
-    config.load_from = spec["checkpoint"]
+    file = root / "train.json"
+    recipe = _recipe(setting, root, file, work_dir, 0, student=student(setting), teachers=teachers, stages=stages)
     with redirect_stdout(StringIO()):
-        return 100 * Runner.from_cfg(config).test().get("coco/bbox_mAP", 0.0)
+        return evaluate_teacher(recipe, name, work_dir)
 
 
 def student(setting: Setting) -> dict[str, Any]:

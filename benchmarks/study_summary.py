@@ -42,7 +42,14 @@ COMPARISONS = (
     ("direct, MGD", "inherited", "MGD"),
     ("direct, CWD", "inherited", "CWD"),
     ("direct, FGD", "inherited", "FGD"),
+    ("direct, class logits", "inherited", "class logits of the teacher's best positions"),
+    ("direct, CrossKD", "inherited", "CrossKD"),
+    ("direct, pseudo-boxes", "inherited", "the teacher's detections as truth beside the truth"),
     ("direct", "views 1", "two cached views (flip) instead of one"),
+    *(
+        (f"sampled {count}", "sampled 1", f"{count} cached views (size, flip) instead of one")
+        for count in (2, 4, 8, 16)
+    ),
 )
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks import study
 from benchmarks.arms import by_seed, interval, load, paired, record
+from benchmarks.study_arms import arms as arms_of
+from benchmarks.study_arms import described, grid
 from benchmarks.study_settings import SETTINGS, Detector, Setting
 from benchmarks.study_summary import MARK, section, summarise
 
@@ -26,7 +28,7 @@ def test_arms_are_recipes_of_equal_epochs(setting: Setting, tmp_path: Path):
     study.prepare(setting, root, None)
     (root / "arms" / "alone-0" / "stage-1").mkdir(parents=True)
     (root / "arms" / "alone-0" / "stage-1" / "student.pth").touch()
-    every = {**study.arms(setting), **study.grid(setting)}
+    every = {**arms_of(setting), **grid(setting)}
     recipes = {name: study.recipe_of(setting, root, name, arm, 0) for name, arm in every.items()}
     assert {sum(stage.epochs for stage in recipe.stages) for recipe in recipes.values()} == {setting.epochs}
     assert [stage.teacher for stage in recipes["progressive"].stages] == ["r18", "swin"]
@@ -46,11 +48,11 @@ def test_statistics_are_paired_by_seed():
 
 
 def test_done_arms_are_kept_and_others_refused(setting: Setting, tmp_path: Path):
-    file, arms, settings = tmp_path / "study.json", study.arms(setting), asdict(setting)
+    file, arms, settings = tmp_path / "study.json", arms_of(setting), asdict(setting)
     result = {"mAP": 10.0, "stages": [10.0], "seconds": 60.0}
     for seed, reached in ((0, 10.0), (1, 11.0)):
         for name, gain in (("inherited", 0.0), ("direct", 2.0 + seed)):
-            arm = {**result, "mAP": reached + gain, "arm": study.described(arms[name])}
+            arm = {**result, "mAP": reached + gain, "arm": described(arms[name])}
             record(file, "s", settings, f"{name}-{seed}", arm)
     todo = [(name, arms[name], seed) for name in ("direct", "progressive") for seed in (0, 1)]
     done = load(file, "s", settings)
