@@ -7,12 +7,15 @@ from typing import Any
 import matplotlib
 
 from benchmarks.arms import Arms, by_seed, interval, paired, read, spread
+from benchmarks.study_arms import arms
+from benchmarks.study_settings import SETTINGS
 from services.present import say
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend that needs no display
 
 MARK = "<!-- below: written by `python -m benchmarks.study --summary` -->"
+_ENOUGH = 3  # seeds, for an interval
 # (arm, baseline, what differs between the two alone)
 COMPARISONS = (
     ("inherited", "alone", "inheriting neck and head, no distillation"),
@@ -70,9 +73,8 @@ def section(name: str, study: dict[str, Any]) -> list[str]:
     lines = [f"## {name}", ""]
     if teachers := study.get("teachers"):
         lines += [f"Teachers' box AP on the same images: {', '.join(f'{k} {v:.1f}' for k, v in teachers.items())}.", ""]
-    names = list(dict.fromkeys(key.rpartition("-")[0] for key in done))
-    compared = [arm for arm in names if not arm.startswith("tune ")]
-    if tuned := [arm for arm in names if arm.startswith("tune ")]:
+    compared = _compared(done)
+    if tuned := sorted({key.rpartition("-")[0] for key in done} - set(compared)):
         rows = [[arm.removeprefix("tune "), _reached(done, arm)] for arm in tuned]
         lines += ["Weights, the strongest teacher directly, one seed that the comparison does not have:", ""]
         lines += _table(["mechanism and weight", "box AP"], rows)
@@ -94,8 +96,8 @@ def statement(pairs: list[tuple[str, str, str, list[float]]]) -> list[str]:
     """What is significant and what is not, in sentences."""
     clear, unclear, single = [], [], []
     for arm, baseline, _, values in pairs:
-        if len(values) < 2:
-            single += [f"{arm} vs {baseline} ({values[0]:+.1f})"] if values else []
+        if len(values) < _ENOUGH:
+            single += [f"{arm} vs {baseline} ({statistics.mean(values):+.1f}, n = {len(values)})"] if values else []
             continue
         low, high = interval(values)
         text = f"{arm} vs {baseline} ({statistics.mean(values):+.1f} [{low:+.1f}, {high:+.1f}], n = {len(values)})"
@@ -103,14 +105,14 @@ def statement(pairs: list[tuple[str, str, str, list[float]]]) -> list[str]:
     groups = (
         ("Significant at 5 %, each by itself", clear),
         ("Not significant", unclear),
-        ("One seed, which says nothing about significance", single),
+        ("Fewer than three seeds, which say nothing about significance", single),
     )
     return [f"- **{title}**: {'; '.join(texts)}." for title, texts in groups if texts]
 
 
 def _verdict(values: list[float]) -> tuple[str, str]:
-    if len(values) < 2:
-        return "-", "one seed"
+    if len(values) < _ENOUGH:
+        return "-", "too few seeds"
     low, high = interval(values)
     return f"{low:+.2f} to {high:+.2f}", "within the noise" if low <= 0 <= high else "**significant**"
 
@@ -158,10 +160,12 @@ def figure(studies: dict[str, Any], file: Path) -> None:
         pairs = _pairs(done)
         for row, values in enumerate(pairs.values()):
             right.plot(values, [row] * len(values), "o", color="tab:orange", alpha=0.5, markersize=4)
-            if len(values) > 1:
+            if len(values) >= _ENOUGH:
                 low, high = interval(values)
                 right.plot([low, high], [row, row], color="black")
             right.plot([statistics.mean(values)], [row], "|", color="black", markersize=11)
+        right.set_xscale("symlog", linthresh=3)  # differences of 1 beside differences of 25
+        right.set_xticks(ticks := [-10, -3, -2, -1, 0, 1, 2, 3, 10, 30], [str(tick) for tick in ticks])
         right.axvline(0, color="grey", linewidth=0.8)
         right.set(yticks=range(len(pairs)), yticklabels=pairs, title="paired differences, 95 % interval", xlabel="AP")
         for axis in (left, right):
@@ -173,7 +177,9 @@ def figure(studies: dict[str, Any], file: Path) -> None:
 
 
 def _compared(done: Arms) -> list[str]:
-    return [arm for arm in dict.fromkeys(key.rpartition("-")[0] for key in done) if not arm.startswith("tune ")]
+    """The arms of the comparison, in the order of their definition."""
+    every = list(arms(SETTINGS["scenes"]))
+    return sorted({key.rpartition("-")[0] for key in done} & set(every), key=every.index)
 
 
 def _pairs(done: Arms) -> dict[str, list[float]]:

@@ -50,7 +50,7 @@ def test_statistics_are_paired_by_seed():
 def test_done_arms_are_kept_and_others_refused(setting: Setting, tmp_path: Path):
     file, arms, settings = tmp_path / "study.json", arms_of(setting), asdict(setting)
     result = {"mAP": 10.0, "stages": [10.0], "seconds": 60.0}
-    for seed, reached in ((0, 10.0), (1, 11.0)):
+    for seed, reached in ((0, 10.0), (1, 11.0), (2, 12.0)):
         for name, gain in (("inherited", 0.0), ("direct", 2.0 + seed)):
             arm = {**result, "mAP": reached + gain, "arm": described(arms[name])}
             record(file, "s", settings, f"{name}-{seed}", arm)
@@ -61,8 +61,8 @@ def test_done_arms_are_kept_and_others_refused(setting: Setting, tmp_path: Path)
         study.missing([("direct", replace(arms["direct"], weight=99.0), 0)], done)
     with pytest.raises(SystemExit, match="epochs: 3, not 4"):
         load(file, "s", {**settings, "epochs": 4})
-    # 2 and 3 AP more: mean 2.5, half-width 12.7062 * 0.5
-    assert any("direct vs inherited (+2.5 [-3.9, +8.9], n = 2)" in line for line in section("s", {"arms": done}))
+    # 2, 3 and 4 AP more: half-width 4.3027 / sqrt(3)
+    assert any("direct vs inherited (+3.0 [+0.5, +5.5], n = 3)" in line for line in section("s", {"arms": done}))
     (tmp_path / "study.md").write_text(f"by hand\n{MARK}\nold")
     summarise(file)
     text = (tmp_path / "study.md").read_text()
