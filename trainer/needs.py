@@ -13,7 +13,8 @@ from trainer.capture import measure_levels
 from trainer.config import load_config
 from trainer.mechanisms import MECHANISMS
 from trainer.mechanisms.base import pair
-from trainer.recipe import Recipe, TeacherSpec
+from trainer.recipe import Recipe
+from trainer.specs import TeacherSpec
 from trainer.teacher import build_model
 
 
@@ -62,10 +63,8 @@ def _levels(recipe: Recipe, teacher: str, mechanisms: Iterable[Mapping[str, Any]
     for mechanism in mechanisms:
         if "features" not in MECHANISMS.get(mechanism["type"]).needs:
             continue
-        named = mechanism.get("levels")
-        # named levels are taken at their word here: the mechanism itself checks them against both detectors
-        found |= set(named or pair(_student_levels(recipe), theirs, None, mechanism["type"]))
-    return [level.name for level in known if level.name in found] + sorted(found - {level.name for level in known})
+        found |= set(pair(_student_levels(recipe), theirs, mechanism.get("levels"), mechanism["type"]))
+    return [level.name for level in known if level.name in found]
 
 
 def _student_levels(recipe: Recipe) -> tuple[Level, ...]:

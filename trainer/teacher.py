@@ -30,7 +30,7 @@ from trainer.capture import captured, flatten, measure_levels, recorded
 from trainer.checkpoint import load_strict, read_weights, sha256
 from trainer.config import load_config, nested, plain, plain_dict
 from trainer.dense import check_dense, dense_outputs, dense_shape, strides
-from trainer.recipe import TeacherSpec
+from trainer.specs import TeacherSpec
 
 # keys of a detector's config that decide how it is trained or initialised, not what it computes
 _NO_EFFECT = frozenset({"init_cfg", "pretrained", "train_cfg"})
