@@ -89,7 +89,16 @@ def adapted(recipe: Path, place: Path) -> dict[str, Any]:
     student = made["student"]
     for entry in (*made["teachers"].values(), *([student] if student.get("checkpoint") else [])):
         entry["checkpoint"] = str(checkpoint(entry["config"], place / Path(entry["checkpoint"]).name))
+    # a thousand proposals through a fully connected layer cost more than all the rest
+    for entry in made["teachers"].values():
+        if "rcnn" in entry["config"] or "htc" in entry["config"]:
+            entry["cfg_options"] = {"model.test_cfg.rpn.max_per_img": 20}
     student["cfg_options"] = {**student.get("cfg_options", {}), **_OPTIONS}
+    if "rcnn" in student["config"]:
+        student["cfg_options"] |= {
+            "model.train_cfg.rpn_proposal.max_per_img": 20,
+            "model.train_cfg.rcnn.sampler.num": 20,
+        }
     return made
 
 
