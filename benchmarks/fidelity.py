@@ -10,19 +10,13 @@ Run from the repository's root. Arms that are in --json already are not trained 
 
     OMP_NUM_THREADS=1 python -m benchmarks.fidelity --json fidelity.json --dir /tmp/fidelity
 
-The table's ``+-`` is the sample standard deviation over seeds. A difference is paired by seed, arm minus online; it is
+The table's ``±`` is the sample standard deviation over seeds. A difference is paired by seed, arm minus online; it is
 beyond the noise where the two-sided 95 % interval of its mean (Student's t) does not hold zero. float16 is the control:
 its targets are right to 11 bits, and what it differs by is what rounding alone does to a training.
 """
 
-import json
 import logging
-import math
-import statistics
-import time
-from contextlib import redirect_stdout
 from dataclasses import asdict
-from io import StringIO
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,14 +24,12 @@ from typing import Annotated, Any
 import cv2
 import torch
 import typer
-from scipy.stats import t as student_t
 
+from benchmarks.arms import Arms, by_seed, load, paired, record, spread, train, verdict
 from services.present import say, table
-from tests.trainer import precompute
-from trainer import Recipe, SceneOptions, generate, parse_recipe, train_stage
+from trainer import Recipe, SceneOptions, TargetSource, generate, parse_recipe
 
-Arms = dict[str, dict[str, Any]]
-
+STUDY = "fidelity"
 DEMO = Path(__file__).parent.parent / "recipes" / "demo"
 SOURCES = ("online", "float16", "int8", "int4")
 SCALE = (192, 144)  # what the teacher was trained at
@@ -93,76 +85,18 @@ def make_recipe(root: Path, mechanism: str, source: str, seed: int, epochs: int)
     )
 
 
-def train(recipe: Recipe, source: str) -> dict[str, Any]:
-    """One arm, its cache filled first where rows are missing."""
-    if source != "online" and (failures := precompute.fill(recipe, "swin")):
-        raise RuntimeError(f"{source}: {len(failures)} rows failed, the first: {failures[0]}")
-    started = time.monotonic()
-    with redirect_stdout(StringIO()):  # pycocotools prints
-        result = train_stage(recipe, 1, "online" if source == "online" else "cache")
-    metrics = {
-        name: 100 * result.metrics[f"bbox_{name}"] for name in ("mAP", "mAP_50") if f"bbox_{name}" in result.metrics
-    }
-    return {**metrics, "teacher_forwards": result.teacher_forwards, "seconds": time.monotonic() - started}
-
-
-def load(file: Path, settings: dict[str, Any]) -> Arms:
-    """The arms that are done, which must have been trained under the same settings."""
-    if not file.exists():
-        return {}
-    content = json.loads(file.read_text())
-    if content["settings"] != settings:
-        raise SystemExit(f"{file}: was measured with {content['settings']}, not {settings}. Choose another --json.")
-    return dict(content["arms"])
-
-
-def save(file: Path, settings: dict[str, Any], arms: Arms) -> None:
-    """Write all arms; a kill leaves the file before or the file after."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"settings": settings, "arms": arms}, indent=1))
-    temporary.replace(file)
-
-
-def by_seed(arms: Arms, mechanism: str, source: str) -> dict[int, float]:
-    """Box AP of the arms that are done, by seed."""
-    prefix = arm_name(mechanism, source, 0)[:-1]
-    return {int(name.removeprefix(prefix)): arm["mAP"] for name, arm in arms.items() if name.startswith(prefix)}
-
-
-def differences(arms: Arms, mechanism: str, source: str) -> list[float]:
-    """AP of the source minus AP of online, for every seed of which both are done."""
-    ours, online = by_seed(arms, mechanism, source), by_seed(arms, mechanism, "online")
-    return [ours[seed] - online[seed] for seed in sorted(ours.keys() & online.keys())]
-
-
-def spread(values: list[float]) -> str:
-    """Mean and sample standard deviation."""
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.2f}" + (f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def verdict(values: list[float]) -> tuple[str, str]:
-    """The 95 % interval of a mean difference, and what it says."""
-    if len(values) < 2:
-        return "-", "one seed says nothing"
-    mean = statistics.mean(values)
-    half = float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean - half:+.2f} .. {mean + half:+.2f}", "BEYOND the noise" if abs(mean) > half else "within the noise"
-
-
 def show(arms: Arms) -> None:
     """Both tables: AP of every arm, and the differences to online."""
     reached = [
-        [name, *(spread(list(by_seed(arms, name, source).values())) for source in SOURCES)] for name in MECHANISMS
+        [name, *(spread(list(by_seed(arms, f"{name}-{source}").values())) for source in SOURCES)] for name in MECHANISMS
     ]
-    table("box AP, mean +- deviation over seeds", ["mechanism", *SOURCES], reached)
-    paired = []
+    table("box AP, mean ± deviation over seeds", ["mechanism", *SOURCES], reached)
+    rows = []
     for source in SOURCES[1:]:
-        pairs = {mechanism: differences(arms, mechanism, source) for mechanism in MECHANISMS}
+        pairs = {name: paired(arms, f"{name}-{source}", f"{name}-online") for name in MECHANISMS}
         for name, values in {**pairs, "all": list(chain(*pairs.values()))}.items():
-            paired.append([f"{name}, {source}", len(values), spread(values), *verdict(values)])
-    table("paired by seed", ["targets", "pairs", "difference to online", "95 % interval", ""], paired)
+            rows.append([f"{name}, {source}", len(values), spread(values), *verdict(values)])
+    table("paired by seed", ["targets", "pairs", "difference to online", "95 % interval", ""], rows)
 
 
 def main(
@@ -181,7 +115,7 @@ def main(
     root = root.absolute() / f"{images}-{val_images}-{epochs}"
     counts = {"images": images, "val_images": val_images, "epochs": epochs, "batch": BATCH, "scale": list(SCALE)}
     settings = {**counts, "scenes": asdict(SCENES), "mechanisms": MECHANISMS}
-    arms = load(json_path, settings)
+    arms = load(json_path, STUDY, settings)
     draw(root / "data", images, val_images)
     # seed by seed, so that a study that is stopped is whole for the seeds before
     for seed in range(seeds):
@@ -190,8 +124,9 @@ def main(
                 name = arm_name(mechanism, source, seed)
                 if name in arms or only not in name:
                     continue
-                arms[name] = train(make_recipe(root, mechanism, source, seed, epochs), source)
-                save(json_path, settings, arms)
+                targets: TargetSource = "online" if source == "online" else "cache"
+                arms[name] = train(make_recipe(root, mechanism, source, seed, epochs), targets)
+                record(json_path, STUDY, settings, name, arms[name])
                 say(f"{name}: AP {arms[name]['mAP']:.2f} in {arms[name]['seconds']:.0f} s")
     show(arms)
 

@@ -1,0 +1,187 @@
+"""The study's results as tables, sentences and a figure, all from its JSON."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks.arms import Arms, by_seed, interval, paired, read, spread
+from benchmarks.study_arms import arms
+from benchmarks.study_settings import SETTINGS
+from services.present import say
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # after the choice of a backend that needs no display
+
+MARK = "<!-- below: written by `python -m benchmarks.study --summary` -->"
+_ENOUGH = 3  # seeds, for an interval
+# (arm, baseline, what differs between the two alone)
+COMPARISONS = (
+    ("inherited", "alone", "inheriting neck and head, no distillation"),
+    ("direct", "inherited", "distillation from the strongest teacher"),
+    ("progressive", "inherited", "distillation from weak to strong"),
+    ("progressive", "direct", "a weaker first teacher, and a restart"),
+    ("twice", "direct", "a restart of the schedule"),
+    ("inherited twice", "inherited", "a restart of the schedule, no distillation"),
+    ("progressive", "twice", "a weaker first teacher, both restarted"),
+    ("progressive", "alone, then direct", "a weaker first teacher instead of none, both restarted"),
+    ("twice", "alone, then direct", "the strongest teacher first instead of none, both restarted"),
+    ("r18 first", "progressive", "the first teacher: weaker, but of the student's family"),
+    ("progressive", "reversed", "order"),
+    ("weakest", "inherited", "distillation from the weakest teacher"),
+    ("direct", "weakest", "the teacher's strength"),
+    ("ensemble", "direct", "all teachers at once instead of the strongest"),
+    ("progressive", "ensemble", "one teacher after the other instead of all at once"),
+    ("direct, then alone", "direct", "no teacher in the second half"),
+    ("progressive, inherits from weakest", "progressive", "whose neck and head are inherited"),
+    ("direct, random start", "alone", "distillation, nothing inherited"),
+    ("progressive, random start", "direct, random start", "a weaker first teacher, nothing inherited"),
+    ("trained, direct", "trained, alone", "distillation of a trained student"),
+    ("trained, progressive", "trained, alone", "distillation of a trained student from weak to strong"),
+    ("trained, progressive", "trained, direct", "a weaker first teacher, of a trained student"),
+    ("online", "direct", "the live teacher instead of its cache"),
+    ("direct, feature matching", "inherited", "normalised feature matching"),
+    ("direct, MGD", "inherited", "MGD"),
+    ("direct, CWD", "inherited", "CWD"),
+    ("direct, FGD", "inherited", "FGD"),
+    ("direct, class logits", "inherited", "class logits of the teacher's best positions"),
+    ("direct, CrossKD", "inherited", "CrossKD"),
+    ("direct, pseudo-boxes", "inherited", "the teacher's detections as truth beside the truth"),
+    ("direct", "views 1", "two cached views (flip) instead of one"),
+    *(
+        (f"sampled {count}", "sampled 1", f"{count} cached views (size, flip) instead of one")
+        for count in (2, 4, 8, 16)
+    ),
+)
+
+
+def summarise(json_path: Path) -> None:
+    """Print every study; write the figure and the document beside the results, what people wrote above `MARK` kept."""
+    studies = read(json_path)
+    text = "\n".join(line for name, study in studies.items() for line in section(name, study))
+    say(text)
+    document = json_path.with_suffix(".md")
+    written = document.read_text().split(MARK)[0] if document.exists() else ""
+    document.write_text(f"{written}{MARK}\n\n{text}")
+    figure(studies, json_path.with_suffix(".png"))
+
+
+def section(name: str, study: dict[str, Any]) -> list[str]:
+    """One study in markdown."""
+    done: Arms = study["arms"]
+    lines = [f"## {name}", ""]
+    if teachers := study.get("teachers"):
+        lines += [f"Teachers' box AP on the same images: {', '.join(f'{k} {v:.1f}' for k, v in teachers.items())}.", ""]
+    compared = _compared(done)
+    if tuned := sorted({key.rpartition("-")[0] for key in done} - set(compared)):
+        rows = [[arm.removeprefix("tune "), _reached(done, arm)] for arm in tuned]
+        lines += ["Weights, the strongest teacher directly, one seed that the comparison does not have:", ""]
+        lines += _table(["mechanism and weight", "box AP"], rows)
+    if not compared:
+        return lines
+    rows = [[arm, _chain(done, arm), *_numbers(done, arm)] for arm in compared]
+    lines += _table(["arm", "stages: teacher, epochs", "box AP", "n", "after each stage", "minutes"], rows)
+    pairs = [(*pair, paired(done, *pair[:2])) for pair in COMPARISONS]
+    rows = [
+        [f"{arm} vs {baseline}", what, spread(values), len(values), *_verdict(values)]
+        for arm, baseline, what, values in pairs
+        if values
+    ]
+    lines += _table(["difference, paired by seed", "what differs", "AP", "n", "95 % interval", ""], rows)
+    return [*lines, *statement(pairs), ""]
+
+
+def statement(pairs: list[tuple[str, str, str, list[float]]]) -> list[str]:
+    """What is significant and what is not, in sentences."""
+    clear, unclear, single = [], [], []
+    for arm, baseline, _, values in pairs:
+        if len(values) < _ENOUGH:
+            single += [f"{arm} vs {baseline} ({statistics.mean(values):+.1f}, n = {len(values)})"] if values else []
+            continue
+        low, high = interval(values)
+        text = f"{arm} vs {baseline} ({statistics.mean(values):+.1f} [{low:+.1f}, {high:+.1f}], n = {len(values)})"
+        (unclear if low <= 0 <= high else clear).append(text)
+    groups = (
+        ("Significant at 5 %, each by itself", clear),
+        ("Not significant", unclear),
+        ("Fewer than three seeds, which say nothing about significance", single),
+    )
+    return [f"- **{title}**: {'; '.join(texts)}." for title, texts in groups if texts]
+
+
+def _verdict(values: list[float]) -> tuple[str, str]:
+    if len(values) < _ENOUGH:
+        return "-", "too few seeds"
+    low, high = interval(values)
+    return f"{low:+.2f} to {high:+.2f}", "within the noise" if low <= 0 <= high else "**significant**"
+
+
+def _reached(done: Arms, arm: str) -> str:
+    return spread(list(by_seed(done, arm).values()))
+
+
+def _numbers(done: Arms, arm: str) -> tuple[str, int, str, str]:
+    results = [result for key, result in done.items() if key.rpartition("-")[0] == arm]
+    stages = zip(*(result["stages"] for result in results), strict=True)
+    after = " → ".join(f"{statistics.mean(values):.1f}" for values in stages)
+    minutes = statistics.mean(result["seconds"] for result in results) / 60
+    return _reached(done, arm), len(results), after, f"{minutes:.1f}"
+
+
+def _chain(done: Arms, arm: str) -> str:
+    described = next(result["arm"] for key, result in done.items() if key.rpartition("-")[0] == arm)
+    stages = []
+    for teacher, epochs in described["stages"]:
+        stages.append(f"{' + '.join([teacher] if isinstance(teacher, str) else teacher or ['none'])}, {epochs}")
+    return "; ".join(stages) + f" (start: {described['start']})"
+
+
+def _table(columns: list[str], rows: list[list[Any]]) -> list[str]:
+    cells = [columns, ["---"] * len(columns), *rows]
+    return [*("| " + " | ".join(str(cell) for cell in row) + " |" for row in cells), ""]
+
+
+def figure(studies: dict[str, Any], file: Path) -> None:
+    """Per study: AP of every arm, a dot a seed; and the paired differences with their intervals."""
+    shown = {name: study["arms"] for name, study in studies.items() if len(_compared(study["arms"])) > 1}
+    if not shown:
+        return
+    heights = [max(len(_compared(done)), len(_pairs(done))) + 2 for done in shown.values()]
+    size = (11, 0.27 * sum(heights))
+    canvas, axes = plt.subplots(len(shown), 2, figsize=size, squeeze=False, height_ratios=heights, layout="constrained")
+    for (name, done), (left, right) in zip(shown.items(), axes, strict=True):
+        names = _compared(done)
+        for row, arm in enumerate(names):
+            values = list(by_seed(done, arm).values())
+            left.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.5, markersize=4)
+            left.plot([statistics.mean(values)], [row], "|", color="black", markersize=11)
+        left.set(yticks=range(len(names)), yticklabels=names, title=name, xlabel="box AP")
+        pairs = _pairs(done)
+        for row, values in enumerate(pairs.values()):
+            right.plot(values, [row] * len(values), "o", color="tab:orange", alpha=0.5, markersize=4)
+            if len(values) >= _ENOUGH:
+                low, high = interval(values)
+                right.plot([low, high], [row, row], color="black")
+            right.plot([statistics.mean(values)], [row], "|", color="black", markersize=11)
+        right.set_xscale("symlog", linthresh=3)  # differences of 1 beside differences of 25
+        right.set_xticks(ticks := [-10, -3, -2, -1, 0, 1, 2, 3, 10, 30], [str(tick) for tick in ticks])
+        right.axvline(0, color="grey", linewidth=0.8)
+        right.set(yticks=range(len(pairs)), yticklabels=pairs, title="paired differences, 95 % interval", xlabel="AP")
+        for axis in (left, right):
+            axis.invert_yaxis()
+            axis.tick_params(labelsize=7)
+            axis.grid(axis="x", alpha=0.3)
+    canvas.savefig(file, dpi=100)
+    plt.close(canvas)
+
+
+def _compared(done: Arms) -> list[str]:
+    """The arms of the comparison, in the order of their definition."""
+    every = list(arms(SETTINGS["scenes"]))
+    return sorted({key.rpartition("-")[0] for key in done} & set(every), key=every.index)
+
+
+def _pairs(done: Arms) -> dict[str, list[float]]:
+    pairs = {f"{arm} vs {baseline}": paired(done, arm, baseline) for arm, baseline, _ in COMPARISONS}
+    return {name: values for name, values in pairs.items() if values}
