@@ -18,11 +18,23 @@ from cache.errors import (
 )
 from cache.gc import Garbage, find_garbage, remove, whole_group
 from cache.heads import head_digest, pack_head, read_head, write_head
-from cache.layout import FORMAT_VERSION, Compression, DenseSpec, GroupInfo, Level, Precision, differences, level_name
+from cache.layout import (
+    FORMAT_VERSION,
+    Compression,
+    DenseSpec,
+    GroupInfo,
+    Level,
+    Precision,
+    differences,
+    fingerprint,
+    group_name,
+    level_name,
+    serves,
+)
 from cache.lease import Lease, fence
 from cache.manifest import Index, compact, load_index, part_names
 from cache.plan import Bucket, Images, Plan, Row, Unit, make_plan
-from cache.reader import TeacherCache, find_group, list_groups
+from cache.reader import TeacherCache, find_group, list_groups, read_group
 from cache.storage import LocalStorage, Storage, open_storage
 from cache.targets import DenseLevel, RowLayout, Targets
 from cache.verify import Damage, Report, repair, verify
@@ -76,6 +88,8 @@ __all__ = [
     "fence",
     "find_garbage",
     "find_group",
+    "fingerprint",
+    "group_name",
     "head_digest",
     "level_name",
     "list_groups",
@@ -87,10 +101,12 @@ __all__ = [
     "part_names",
     "pool",
     "prepare",
+    "read_group",
     "read_head",
     "remove",
     "repair",
     "resized",
+    "serves",
     "verify",
     "whole_group",
     "write_head",

@@ -68,8 +68,6 @@ class MappedRows:
         Raises:
             DamagedBytesError, FileNotFoundError: what is stored is not what was written.
         """
-        if not arrays:
-            return []
         key = bucket, unit
         mapped = self._units.get(key)
         if mapped is None:

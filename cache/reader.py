@@ -14,7 +14,7 @@ from cache.detections import Detections
 from cache.diskcache import DiskCache
 from cache.errors import CorruptShardError, MissingRowsError, RecipeError, StaleCacheError
 from cache.hierarchy import read_document
-from cache.layout import GroupInfo, differences, fingerprint, group_name, part, serves, unit_name
+from cache.layout import GroupInfo, differences, fingerprint, group_name, part, unit_name
 from cache.manifest import Index, Location
 from cache.mapped import MappedRows
 from cache.shard import Bytes, DamagedBytesError
@@ -76,8 +76,8 @@ class TeacherCache:
         Args:
             uri: the cache: a path, or ``s3://``, ``gs://``, ``az://`` with bucket and prefix.
             teacher: the teacher's name in the recipe.
-            fingerprint: the fingerprint record that the recipe asks for; anything else is refused, but a group that holds
-                more of the same targets serves. Without it the cache must hold one group of that teacher only.
+            fingerprint: the fingerprint record that the recipe asks for; anything else is refused. Without it the
+                cache must hold one group of that teacher only.
             verify: check the checksum of every row that is read; what comes from object storage is always checked.
             levels: levels to read; all by default.
             dense: read the dense head's outputs too, where they are stored.
@@ -170,6 +170,8 @@ class TeacherCache:
         return self._layouts[bucket]
 
     def _read(self, image_id: int, view: int, location: Location, layout: RowLayout) -> Sequence[Bytes]:
+        if not layout.arrays:  # detections are read apart
+            return []
         bucket, slots = location.bucket, self.index.unit_rows[location.bucket]
         unit, slot = divmod(location.row, slots)
         label = None
@@ -222,19 +224,17 @@ class TeacherCache:
 
 
 def find_group(storage: Storage, teacher: str, record: dict[str, Any] | None = None) -> GroupInfo:
-    """The group of a teacher, by its fingerprint record if one is given; one that holds more of the same targets serves.
+    """The group of a teacher, by its fingerprint record if one is given.
 
     Raises:
         MissingRowsError: there is none.
         StaleCacheError: there are only others; the message lists what differs from the one most alike.
     """
     if record is not None:
-        info = _read_group(storage, group_name(teacher, fingerprint(record)))
+        info = read_group(storage, group_name(teacher, fingerprint(record)))
         if info is not None and info.digest == fingerprint(record):
             return info
     groups = {info.digest: info for info in list_groups(storage) if info.teacher == teacher}
-    if record is not None and (serving := [info for info in groups.values() if serves(info, record)]):
-        return min(serving, key=lambda info: (len(info.levels) + 3 * len(info.dense), info.name))
     if not groups:
         raise MissingRowsError(
             f"{storage.where()}: no targets of teacher {teacher!r}. Run `mtpd precompute RECIPE --teacher {teacher}`."
@@ -260,11 +260,16 @@ def list_groups(storage: Storage) -> list[GroupInfo]:
     Raises:
         CorruptShardError: a group's attributes were changed.
     """
-    groups = (_read_group(storage, name) for name in storage.folders())
+    groups = (read_group(storage, name) for name in storage.folders())
     return [info for info in groups if info is not None]
 
 
-def _read_group(storage: Storage, name: str) -> GroupInfo | None:
+def read_group(storage: Storage, name: str) -> GroupInfo | None:
+    """A group by its name; None if there is no such group.
+
+    Raises:
+        CorruptShardError: its attributes were changed.
+    """
     attributes = (read_document(storage, f"{name}/zarr.json") or {}).get("attributes")
     if not isinstance(attributes, dict) or "fingerprint" not in attributes:
         return None

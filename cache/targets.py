@@ -184,7 +184,7 @@ class Targets:
         """
         # numpy asks for huge pages, torch does not: half of the time of a copy is page faults without them
         place = np.empty(self.layout.nbytes, np.uint8) if out is None else out.numpy()[: self.layout.nbytes]
-        if self.layout.contiguous and self._pieces:  # of detections alone there are no arrays
+        if self.layout.arrays and self.layout.contiguous:
             np.concatenate(self._pieces, out=place)  # one call instead of one for each array
         else:
             for own, row in zip(self.layout.rows(place), self._pieces, strict=True):

@@ -105,6 +105,8 @@ def cache_facts(runs: Sequence[Run]) -> tuple[list[CacheFacts], list[str]]:
         try:
             storage = open_storage(uri)
             groups = [info for info in list_groups(storage) if info.teacher in teachers]
+            if used := {name for run in runs for stage in run.stages for name in stage.groups}:
+                groups = [info for info in groups if info.name in used]  # not those of other recipes
         except MtpdError as error:
             missing.append(f"The cache cannot be read: {error}")
             continue

@@ -19,6 +19,7 @@ from cache import (
     StaleCacheError,
     Storage,
     find_garbage,
+    fingerprint,
     list_groups,
     open_storage,
     remove,
@@ -29,7 +30,17 @@ from cache import (
 from services.order import decided_if_known
 from services.precompute import FillResult, fill, used_teachers
 from services.present import complain, say, size, table
-from trainer import Recipe, SampleReport, compare_sample, load_recipe, stage_dir, teacher_info
+from trainer import (
+    STUDENT,
+    Recipe,
+    SampleReport,
+    compare_sample,
+    load_recipe,
+    stage_dir,
+    teacher_info,
+    wanted_record,
+    with_candidates,
+)
 
 _LINE_SECONDS = 10.0
 
@@ -162,10 +173,16 @@ def delete(target: Target, found: list[Garbage]) -> None:
 def _why(
     recipe: Recipe, info: GroupInfo, superseded: bool, finished: bool
 ) -> Literal["superseded", "stage is done"] | None:
+    if info.teacher == STUDENT:  # whose features the order of teachers was found from
+        recipe = recipe if recipe.student.checkpoint is None else with_candidates(recipe)
+        if STUDENT not in recipe.teachers:
+            return "superseded" if superseded else None
     if info.teacher not in recipe.teachers:
         return None
     if info.digest != teacher_info(recipe, info.teacher).digest:
         return "superseded" if superseded else None
+    if info.digest != fingerprint(wanted_record(recipe, info.teacher)):
+        return None  # it serves this recipe, but was filled for another one
     stages = [n for n, stage in enumerate(recipe.stages, start=1) if info.teacher in stage.teachers]
     done = stages and all((stage_dir(recipe, n) / "result.json").exists() for n in stages)
     return "stage is done" if finished and done else None

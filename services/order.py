@@ -20,6 +20,7 @@ from trainer import (
     adaptation_costs,
     choose_rows,
     evaluate_teacher,
+    evaluation_loader,
     read_annotations,
     refuse_other_classes,
     select_teachers,
@@ -221,9 +222,10 @@ def _present(rows: OrderRows, caches: dict[str, TeacherCache]) -> OrderRows:
 
 
 def _val_digest(recipe: Recipe) -> str:
-    """Of what decides a teacher's AP beside the teacher: annotations and scale."""
+    """Of what decides a teacher's AP beside the teacher: annotations, and what is made of the images."""
     annotations = Path(recipe.dataset.val.ann_file).read_bytes()
-    return hashlib.sha256(annotations + repr(recipe.views.scale).encode()).hexdigest()[:16]
+    pipeline = str(evaluation_loader(recipe).dataset.pipeline)
+    return hashlib.sha256(annotations + pipeline.encode()).hexdigest()[:16]
 
 
 def _file(recipe: Recipe) -> Path:

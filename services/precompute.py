@@ -8,6 +8,7 @@ from cache import (
     BudgetError,
     GroupInfo,
     Lease,
+    MtpdError,
     Plan,
     Storage,
     compact,
@@ -83,14 +84,15 @@ def fill(recipe: Recipe, teacher: str, *, force: bool = False, rows: OrderRows |
     with Lease(storage, info.name) as lease:
         compact(storage, info)
         plan = _plan(recipe, storage, info, rows)
-        if plan.todo == 0:
-            say(f"teacher {teacher}: all {plan.total:,} rows are in the cache")
-            return FillResult(teacher, info.name, plan.total, 0, (), 0, plan.stored_bytes, 0.0, 0.0)
         if not force:
             refuse_too_large(storage, [plan])
+        # also where every row is there: what was damaged of attributes and head is written anew
         prepare(storage, plan)
         if info.head is not None:
             write_head(storage, info, head_file(recipe.teachers[teacher], teacher))
+        if plan.todo == 0:
+            say(f"teacher {teacher}: all {plan.total:,} rows are in the cache")
+            return FillResult(teacher, info.name, plan.total, 0, (), 0, plan.stored_bytes, 0.0, 0.0)
         result = _run(recipe, storage, plan, lease, started)
         lease.check()
         compact(storage, info)
@@ -153,7 +155,10 @@ def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: fl
                 now - started,
                 share,
             )
-            record_fill(recipe, result)  # of a run that was interrupted too: what it committed stays
+            try:
+                record_fill(recipe, result)  # of a run that was interrupted too: what it committed stays
+            except (MtpdError, OSError) as error:  # the record is for reports; it must not hide why the run ended
+                complain(f"what this precompute did is not recorded: {error}")
     return result
 
 

@@ -1,17 +1,18 @@
 """What trained runs left on disk, read back: stages, their results and scalars, precomputes, the order of teachers.
 
-Everything here is read for people to look at: what is not there, or cannot be read, is None or empty, never an error.
+Everything here is read for people to look at: what is not there, or cannot be read, is None or
+empty; a record of another shape ends in one message that names the folder.
 """
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cache import RecipeError
+from cache import RecipeError, fingerprint, group_name
 from services.records import RECIPE, read_json
 
 Points = tuple[tuple[float, float], ...]
@@ -32,6 +33,7 @@ class Stage:
         curves: per training scalar its values over the epochs of the stage, as logged: ``loss``, ``loss_cls``, ``lr``, ...
         evaluations: per COCO metric (``bbox_mAP``) its values over the epochs of the stage, in [0, 1].
         not_finite: per scalar how many of its values were NaN or Inf, which the curves leave out.
+        groups: names of the cache's groups that it reads.
     """
 
     number: int
@@ -45,6 +47,7 @@ class Stage:
     curves: dict[str, Points]
     evaluations: dict[str, Points]
     not_finite: dict[str, int]
+    groups: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -139,7 +142,22 @@ def find_runs(work_dir: Path) -> list[Run]:
             f"{work_dir}: holds no stage-N, nor do its folders. Give the work_dir of a recipe that `mtpd train` or `mtpd run` "
             "has begun."
         )
-    return [read_run(folder) for folder in found]
+    return [_checked(folder) for folder in found]
+
+
+def _require(record: Any, *keys: str) -> None:
+    if not isinstance(record, dict) or (lacking := [key for key in keys if key not in record]):
+        raise ValueError(f"lacks {', '.join(lacking)}" if isinstance(record, dict) else f"{record!r} is no record")
+
+
+def _checked(folder: Path) -> Run:
+    try:
+        return read_run(folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecipeError(
+            f"{folder}: recipe.json, order.json, a precompute-*.json, stage.json or result.json in it is not what `mtpd` wrote "
+            f"({error!r}). Delete the damaged file: the report says what is missing then."
+        ) from error
 
 
 def read_run(folder: Path) -> Run:
@@ -158,7 +176,15 @@ def read_run(folder: Path) -> Run:
         content = read_json(file)
         if isinstance(content, dict) and isinstance(content.get("runs"), list):
             fills[str(content["teacher"])] = content["runs"]
-    return Run(folder.name, folder, recipe, tuple(stages), fills, read_json(folder / "order.json"))
+    order = read_json(folder / "order.json")
+    _require(recipe.get("cache", {}))
+    for record in (record for records in fills.values() for record in records):
+        _require(record, "group", "computed", "failures", "seconds", "written_bytes", "device_share", "ended")
+    for record in (stage.result for stage in stages if stage.result is not None):
+        _require(record, "epochs", "images", "metrics", "seconds", "teacher_forwards")
+    if order is not None:
+        _require(order, "costs", "aps", "sequence", "reasons")
+    return Run(folder.name, folder, recipe, tuple(stages), fills, order)
 
 
 def _stage_folders(folder: Path) -> dict[int, Path]:
@@ -206,7 +232,19 @@ def _read_stage(folder: Path, number: int, spec: dict[str, Any], before: int) ->
         curves={key: tuple(p for p in points if math.isfinite(p[1])) for key, points in values.items()},
         evaluations={k: tuple(sorted(points.items())) for k, points in metrics.items() if max(points.values()) >= 0},
         not_finite={k: n for k, points in values.items() if (n := sum(not math.isfinite(v) for _, v in points))},
+        groups=tuple(_groups(config)),
     )
+
+
+def _groups(config: Any) -> Iterator[str]:
+    """The groups that a stage's config reads, at any depth."""
+    if isinstance(config, dict):
+        if config.get("type") == "LoadTeacherTargets":
+            yield group_name(config["teacher"], fingerprint(config["fingerprint"]))
+        config = list(config.values())
+    if isinstance(config, list):
+        for inner in config:
+            yield from _groups(inner)
 
 
 def _merge(files: Iterable[Path]) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, dict[str, Any]]]]:

@@ -18,7 +18,8 @@ from trainer.annotations import Annotations, read_annotations
 from trainer.compute import Failure, UnitComputer
 from trainer.dataset import ViewedDataset, ViewSampler, epoch_order
 from trainer.distiller import Distiller
-from trainer.evaluate import evaluate_teacher, refuse_other_classes
+from trainer.evaluate import evaluate_teacher, evaluation_loader, refuse_other_classes
+from trainer.groups import teacher_info, wanted_record
 from trainer.mechanisms import Batch
 from trainer.needs import Needs, needs_of
 from trainer.order import (
@@ -32,12 +33,13 @@ from trainer.order import (
     with_candidates,
 )
 from trainer.pictures import LEAST_SCORE, Energy, Picture, Pictures, SeenObject, Sight, take_pictures
-from trainer.recipe import Recipe, SplitSpec, StageSpec, TeacherSpec, load_recipe, parse_recipe
+from trainer.recipe import Recipe, load_recipe, parse_recipe
 from trainer.sample import Agreement, SampleReport, compare_sample
 from trainer.sampled import ApplySampledView
 from trainer.scenes import CLASSES, SceneOptions, generate
+from trainer.specs import SplitSpec, StageSpec, TeacherSpec
 from trainer.stage import StageResult, open_stage, train_stage
-from trainer.stage_config import TargetSource, stage_config, stage_dir, teacher_info
+from trainer.stage_config import TargetSource, stage_config, stage_dir
 from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
 from trainer.teacher import Teacher, TeacherOutput, describe, fingerprint_record, head_file
 from trainer.transforms import ApplyView, LoadTeacherTargets
@@ -86,6 +88,7 @@ __all__ = [
     "describe",
     "epoch_order",
     "evaluate_teacher",
+    "evaluation_loader",
     "fingerprint_record",
     "generate",
     "head_file",
@@ -102,5 +105,6 @@ __all__ = [
     "take_pictures",
     "teacher_info",
     "train_stage",
+    "wanted_record",
     "with_candidates",
 ]

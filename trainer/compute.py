@@ -1,5 +1,6 @@
 """One unit of a plan -> its targets: decode, make the views, run the teacher, quantise. Runs without ray."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from cache import (
     encode,
 )
 from trainer.images import UnusableImageError, read_image
-from trainer.recipe import SplitSpec
+from trainer.specs import SplitSpec
 from trainer.teacher import Teacher
 from trainer.transforms import view_config
 
@@ -75,7 +76,7 @@ class UnitComputer:
         self._img_dir = Path(split.img_dir)
         self._view = TRANSFORMS.build(view_config(policy, split.ann_file, split.img_dir))
         self._sampled = isinstance(policy, SampledPolicy)
-        self._replay_checked = not self._sampled
+        self._replay_checked, self._replay_lock = not self._sampled, threading.Lock()
         self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
 
     def decode(self, unit: Unit) -> tuple[list[Pixels], list[Failure]]:
@@ -84,9 +85,10 @@ class UnitComputer:
         Raises:
             RecipeError: a sampled view made twice differs; some views of the first unit are checked.
         """
-        if not self._replay_checked:
-            self._replay_checked = True
-            self._view.check_replay([(row.image_id, row.view) for row in unit.rows[:_REPLAYED]])
+        with self._replay_lock:  # other calls wait: nothing is written before the check
+            if not self._replay_checked:
+                self._view.check_replay([(row.image_id, row.view) for row in unit.rows[:_REPLAYED]])
+                self._replay_checked = True
         return self.decode_rows(unit.rows)
 
     def decode_rows(self, rows: Sequence[Row]) -> tuple[list[Pixels], list[Failure]]:

@@ -17,7 +17,7 @@ from cache import Level, RecipeError, find_group, open_storage, read_head
 from trainer.capture import captured, flatten, measure_levels, recorded
 from trainer.checkpoint import inherit, load_strict, read_weights
 from trainer.mechanisms import MECHANISMS, Batch, Mechanism
-from trainer.recipe import TeacherSpec
+from trainer.specs import TeacherSpec
 from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
 from trainer.teacher import Teacher
 

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 
 from cache import RecipeError
 from trainer.annotations import read_annotations
 from trainer.checkpoint import load_strict
-from trainer.recipe import Recipe, StageSpec
+from trainer.recipe import Recipe
+from trainer.specs import StageSpec
 from trainer.stage_config import stage_config
 from trainer.teacher import build_model, class_counts
 
@@ -27,6 +29,17 @@ def refuse_other_classes(recipe: Recipe, name: str) -> None:
         )
 
 
+def evaluation_loader(recipe: Recipe) -> ConfigDict:
+    """The loader of the val set as students are evaluated, but for a reduced input scale of theirs."""
+    alone = recipe.model_copy(
+        update={
+            "stages": (StageSpec(),),
+            "student": recipe.student.model_copy(update={"inherit": False, "input_scale": 1.0}),
+        }
+    )
+    return stage_config(alone, 1).val_dataloader
+
+
 def evaluate_teacher(recipe: Recipe, name: str, work_dir: Path) -> float:
     """Box AP of a teacher on the recipe's val set, in points: COCO's, from the images that students are evaluated on.
 
@@ -41,13 +54,7 @@ def evaluate_teacher(recipe: Recipe, name: str, work_dir: Path) -> float:
         TeacherLoadError: config and checkpoint do not fit.
     """
     refuse_other_classes(recipe, name)
-    alone = recipe.model_copy(
-        update={
-            "stages": (StageSpec(),),
-            "student": recipe.student.model_copy(update={"inherit": False}),
-        }
-    )
-    loader = stage_config(alone, 1).val_dataloader
+    loader = evaluation_loader(recipe)
     spec = recipe.teachers[name]
     model = build_model(spec, name)
     load_strict(model, spec.checkpoint, f"teachers.{name}.checkpoint")

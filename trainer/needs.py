@@ -13,8 +13,8 @@ from trainer.capture import measure_levels
 from trainer.config import load_config
 from trainer.mechanisms import MECHANISMS
 from trainer.mechanisms.base import pair
-from trainer.recipe import Recipe, TeacherSpec
-from trainer.teacher import build_model
+from trainer.recipe import Recipe
+from trainer.teacher import measured
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def needs_of(recipe: Recipe, teacher: str, stage: int | None = None) -> Needs:
     wanted = [mechanism for one in stages if teacher in one.teachers for mechanism in one.mechanisms]
     needs = {need for mechanism in wanted for need in MECHANISMS.get(mechanism["type"]).needs}
     if not wanted or (stage is None and spec.levels is not None):
-        levels = spec.levels or tuple(level.name for level in _teacher_levels(_key(spec), teacher))
+        levels = spec.levels or tuple(level.name for level in measured(spec, teacher)[0])
     else:
         levels = _levels(recipe, teacher, wanted)
     return Needs(tuple(levels), spec.top_k if "dense" in needs else 0, "detections" in needs, "head" in needs)
@@ -56,16 +56,14 @@ def needs_of(recipe: Recipe, teacher: str, stage: int | None = None) -> Needs:
 def _levels(recipe: Recipe, teacher: str, mechanisms: Iterable[Mapping[str, Any]]) -> list[str]:
     """The levels that mechanisms match, in the teacher's order."""
     spec = recipe.teachers[teacher]
-    known = _teacher_levels(_key(spec), teacher)
+    known = measured(spec, teacher)[0]
     theirs = [level for level in known if spec.levels is None or level.name in spec.levels]
     found: set[str] = set()
     for mechanism in mechanisms:
         if "features" not in MECHANISMS.get(mechanism["type"]).needs:
             continue
-        named = mechanism.get("levels")
-        # named levels are taken at their word here: the mechanism itself checks them against both detectors
-        found |= set(named or pair(_student_levels(recipe), theirs, None, mechanism["type"]))
-    return [level.name for level in known if level.name in found] + sorted(found - {level.name for level in known})
+        found |= set(pair(_student_levels(recipe), theirs, mechanism.get("levels"), mechanism["type"]))
+    return [level.name for level in known if level.name in found]
 
 
 def _student_levels(recipe: Recipe) -> tuple[Level, ...]:
@@ -73,18 +71,8 @@ def _student_levels(recipe: Recipe) -> tuple[Level, ...]:
     return _measured_student(student.config, json.dumps(student.cfg_options, sort_keys=True), student.capture)
 
 
-def _key(spec: TeacherSpec) -> str:
-    return json.dumps(spec.model_dump(mode="json"), sort_keys=True)
-
-
 # building a detector takes seconds; a command asks for the same ones several times
 @lru_cache(maxsize=32)
 def _measured_student(config: str, options: str, capture: tuple[str, ...]) -> tuple[Level, ...]:
     model = load_config(config, json.loads(options), "student.config").model
     return measure_levels(MODELS.build(model), capture, "student.capture")
-
-
-@lru_cache(maxsize=32)
-def _teacher_levels(spec: str, name: str) -> tuple[Level, ...]:
-    parsed = TeacherSpec.model_validate_json(spec)
-    return measure_levels(build_model(parsed, name), parsed.capture, f"teachers.{name}.capture")

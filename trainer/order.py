@@ -33,7 +33,8 @@ from cache import RecipeError, Targets, TeacherCache, decode, pool
 from trainer.annotations import read_annotations
 from trainer.config import class_options, load_config, plain_dict
 from trainer.mechanisms import MECHANISMS
-from trainer.recipe import Recipe, StageSpec, TeacherSpec
+from trainer.recipe import Recipe
+from trainer.specs import StageSpec, TeacherSpec
 
 STUDENT = "student"  # its name among the candidates
 _FEATURES = {"type": "FeatureMatchingLoss"}
@@ -56,6 +57,11 @@ def with_candidates(recipe: Recipe) -> Recipe:
     if STUDENT in recipe.teachers:
         raise RecipeError(f"teachers.{STUDENT}: the order of teachers needs this name for the student; choose another.")
     spec = recipe.student
+    if spec.input_scale != 1:
+        raise RecipeError(
+            "student.input_scale: the order of teachers compares features of whole views, which this student does not see. "
+            "Name the stages, or find the order with scale 1."
+        )
     if spec.checkpoint is None:
         raise RecipeError(
             "student.checkpoint: the order of teachers compares the features of a trained student with theirs, and there is "

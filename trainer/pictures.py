@@ -21,7 +21,8 @@ from torch import Tensor
 
 from cache import RecipeError
 from trainer.capture import captured, flatten, measure_levels
-from trainer.recipe import Recipe, SplitSpec
+from trainer.recipe import Recipe
+from trainer.specs import SplitSpec
 from trainer.teacher import Teacher
 
 _LONGEST_SIDE = 640

@@ -2,66 +2,30 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
 
-from cache import Compression, Policy, Precision, RecipeError, SampledPolicy, ViewPolicy
-from trainer.annotations import annotations_digest
-from trainer.config import resolve
-from trainer.mechanisms import MECHANISMS, check_mechanism
-from trainer.sampled import build_pipeline
-
-
-def _existing_file(value: Any) -> Any:
-    path = Path(str(value)).expanduser().absolute()
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}")
-    return str(path)
-
-
-def _existing_folder(value: Any) -> Any:
-    path = Path(str(value)).expanduser().absolute()
-    if not path.is_dir():
-        raise ValueError(f"no such folder: {path}")
-    return str(path)
-
-
-def _config(value: Any) -> Any:
-    name = resolve(str(value))
-    if "::" not in name and not Path(name).is_file():
-        raise ValueError(
-            f"no such config file: {name} (configs that ship inside mmdet are written mmdet::FOLDER/FILE.py)"
-        )
-    return name
-
-
-def _mechanism(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError("a mechanism is a mapping with a `type`")
-    check_mechanism(value)
-    return value
-
-
-def _pipeline(value: Any) -> Any:
-    if not isinstance(value, list) or not value or not all(isinstance(one, dict) and "type" in one for one in value):
-        raise ValueError("a pipeline is a list of mmdet transforms, each a mapping with a `type`")
-    build_pipeline(value)
-    return value
-
-
-def _scales(value: Any) -> Any:
-    return [value] if isinstance(value, list) and value and not isinstance(value[0], list) else value
+from cache import Policy, RecipeError
+from trainer.mechanisms import MECHANISMS
+from trainer.specs import (
+    ActorsSpec,
+    CacheSpec,
+    DatasetSpec,
+    OrderSpec,
+    Spec,
+    StageSpec,
+    StudentSpec,
+    TeacherSpec,
+    TrainingSpec,
+    ViewsSpec,
+)
 
 
 def _stages(value: Any) -> Any:
@@ -72,248 +36,7 @@ def _stages(value: Any) -> Any:
     return value
 
 
-ExistingFile = Annotated[str, BeforeValidator(_existing_file)]
-ExistingFolder = Annotated[str, BeforeValidator(_existing_folder)]
-ConfigName = Annotated[str, BeforeValidator(_config)]
-PipelineSpec = Annotated[list[dict[str, Any]], BeforeValidator(_pipeline)]
-MechanismSpec = Annotated[dict[str, Any], BeforeValidator(_mechanism)]
-Scale = tuple[PositiveInt, PositiveInt]
-
-
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SplitSpec(_Spec):
-    """One COCO annotation file and the folder of its images."""
-
-    ann_file: ExistingFile
-    img_dir: ExistingFolder
-
-
-class DatasetSpec(_Spec):
-    """The images that teachers see and students train on, and those that students are evaluated on."""
-
-    train: SplitSpec
-    val: SplitSpec
-
-
-class SampledSpec(_Spec):
-    """Views that a pipeline draws.
-
-    Attributes:
-        pipeline: mmdet transforms between loading and packing, with their random choices.
-        count: views of an image.
-        size: (height, width) in pixels; every view is padded to it at the right and bottom, none may be larger.
-        seed: another seed draws other views.
-        pad: value of the padding in all three channels. The padding is part of the view.
-        masks: load masks too: for transforms that paste objects, and for students that train on masks.
-        val_scale: (long edge, short edge) into which validation images are resized; by default as the student's config says.
-    """
-
-    pipeline: PipelineSpec
-    count: PositiveInt
-    size: tuple[PositiveInt, PositiveInt]
-    seed: int = 0
-    pad: Annotated[int, Field(ge=0, le=255)] = 114
-    masks: bool = False
-    val_scale: Scale | None = None
-
-
-class ViewsSpec(_Spec):
-    """Which views of an image exist.
-
-    Attributes:
-        scale, flip: one or several scales (long edge, short edge in pixels), with or without flip.
-        sampled: instead of these, what a pipeline draws.
-    """
-
-    scale: Annotated[tuple[Scale, ...], BeforeValidator(_scales), Field(min_length=1)] | None = None
-    flip: Literal["both", "none"] = "both"
-    sampled: SampledSpec | None = None
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> "ViewsSpec":
-        if (self.scale is None) == (self.sampled is None):
-            raise ValueError("views are either `scale` (with `flip`) or `sampled`: give exactly one of the two")
-        if self.sampled is not None and "flip" in self.model_fields_set:
-            raise ValueError("flip belongs to `scale`; sampled views flip by a RandomFlip in their pipeline")
-        return self
-
-    @property
-    def evaluation_scale(self) -> Scale | None:
-        """Into which val images are resized: the largest scale of the views; None leaves it to the student's config."""
-        if self.scale is None:
-            return self.sampled.val_scale if self.sampled else None
-        return max(self.scale, key=lambda scale: scale[0] * scale[1])
-
-    def policy(self, ann_file: str) -> Policy:
-        """The policy that gives each view its number. Sampled views depend on the annotations, whose digest is part of it."""
-        if self.scale is not None:
-            return ViewPolicy(self.scale, self.flip)
-        assert self.sampled is not None
-        record = self.sampled.model_dump(mode="json", exclude={"count", "size", "val_scale"})
-        record["annotations_sha256"] = annotations_digest(ann_file)
-        return SampledPolicy(self.sampled.count, self.sampled.size, record)
-
-
-class CacheSpec(_Spec):
-    """Where targets are stored, and how.
-
-    Attributes:
-        uri: a path, or ``s3://``, ``gs://``, ``az://`` with bucket and prefix.
-        compression: ``zstd`` saves little (a tenth of int8, a fifth of int4) and costs the mapped reader its speed.
-        unit_rows: how many rows make a unit; by default about 128 MiB of them.
-        local_dir, local_bytes: a folder on each machine that keeps what training read of a cache in object storage.
-        on_damage: what training does about a row whose bytes are damaged: stop, or ``skip`` the image and count it.
-    """
-
-    uri: str
-    precision: Precision = "int8"
-    compression: Compression = "none"
-    unit_rows: PositiveInt | None = None
-    local_dir: str | None = None
-    local_bytes: PositiveInt | None = None
-    on_damage: Literal["error", "skip"] = "error"
-
-    @model_validator(mode="after")
-    def _bound_of_a_folder(self) -> "CacheSpec":
-        if self.local_bytes is not None and self.local_dir is None:
-            raise ValueError("local_bytes is the bound of local_dir, which is not given")
-        return self
-
-
-class ActorsSpec(_Spec):
-    """Teacher actors: between ``min`` and ``max``, each with so many GPUs (fractions allowed) and CPUs.
-
-    By default an actor takes one GPU if the cluster has any, and four CPUs; without GPUs the actors share all CPUs.
-    """
-
-    min: PositiveInt = 1
-    max: PositiveInt = 1
-    gpus: Annotated[float, Field(ge=0)] | None = None
-    cpus: PositiveFloat | None = None
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "ActorsSpec":
-        if self.min > self.max:
-            raise ValueError(f"min {self.min} is more than max {self.max}")
-        return self
-
-
-class TeacherSpec(_Spec):
-    """One teacher.
-
-    Attributes:
-        capture: modules whose maps are the features, by their names in the detector.
-        levels: which of the captured levels are stored; by default those that the recipe's mechanisms match.
-        top_k: positions a level of which a dense head's outputs are stored, where a mechanism wants them.
-        pool: levels stored as averages over windows, ``{P3: 2}`` for windows of 2 x 2; the student's map is averaged alike.
-        autocast: dtype of the forward pass; float32 where it is null.
-        batch_size: views in one forward pass.
-        ap: box AP in points on the val set, for the order of teachers. By default the teacher is evaluated, which needs
-            heads of the data set's classes; what is given here is believed.
-    """
-
-    config: ConfigName
-    checkpoint: ExistingFile
-    cfg_options: dict[str, Any] = {}
-    capture: Annotated[tuple[str, ...], Field(min_length=1)] = ("neck",)
-    levels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=2**20)] = 512
-    pool: dict[str, Annotated[int, Field(ge=2, le=16)]] = {}
-    autocast: Literal["bfloat16", "float16"] | None = None
-    batch_size: PositiveInt = 1
-    ap: Annotated[float, Field(ge=0, le=100)] | None = None
-
-
-class StudentSpec(_Spec):
-    """The student.
-
-    Attributes:
-        checkpoint: weights to start from; with null its config's ``init_cfg`` decides.
-        inherit: copy a teacher's neck and heads into the student where names and shapes agree: those of the teacher named, or
-            with ``true`` of the first stage's (the first of several), as the official MTPD does.
-        capture: modules whose maps are matched with the teacher's levels.
-        input_scale: the student sees its views resized by this factor, in training and evaluation; the teacher's targets stay
-            those of the whole view, and its maps are matched level by level with the student's, enlarged.
-    """
-
-    config: ConfigName
-    cfg_options: dict[str, Any] = {}
-    checkpoint: ExistingFile | None = None
-    inherit: bool | str = False
-    capture: Annotated[tuple[str, ...], Field(min_length=1)] = ("neck",)
-    input_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-    @model_validator(mode="after")
-    def _one_beginning(self) -> "StudentSpec":
-        if self.inherit and self.checkpoint is not None:
-            raise ValueError("a student begins from its checkpoint or inherits from a teacher, not both")
-        return self
-
-
-class StageSpec(_Spec):
-    """One teacher, its mechanisms and a number of epochs. Without a teacher the student trains alone.
-
-    Attributes:
-        teacher: a name, or several for an ensemble: each mechanism's losses are averaged over them.
-    """
-
-    teacher: str | Annotated[tuple[str, ...], Field(min_length=2)] | None = None
-    mechanisms: tuple[MechanismSpec, ...] = ()
-    epochs: PositiveInt = 12
-
-    @model_validator(mode="after")
-    def _teacher_and_mechanisms(self) -> "StageSpec":
-        if (self.teacher is None) != (not self.mechanisms):
-            raise ValueError("a stage has a teacher and mechanisms, or neither")
-        if len(set(self.teachers)) < len(self.teachers):
-            raise ValueError("a teacher is named twice")
-        return self
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        """The names of its teachers."""
-        return () if self.teacher is None else (self.teacher,) if isinstance(self.teacher, str) else self.teacher
-
-    @property
-    def label(self) -> str:
-        """Its teachers for people: ``swin-t``, ``swin-t + swin-s``, ``no teacher``."""
-        return " + ".join(self.teachers) or "no teacher"
-
-
-class OrderSpec(_Spec):
-    """How the order of teachers is found, and the stages that ``stages: auto`` makes of it.
-
-    Attributes:
-        images: images whose features are compared, each in one view; half of them to fit on, half to score on.
-        max_teachers: the longest sequence.
-        ridge: penalty of the regression, in units of the mean variance of a channel.
-        positions: drawn of each level of each image; null takes all.
-        seed: of the draw of images and positions.
-        mechanisms, epochs: of each stage that ``auto`` makes.
-    """
-
-    images: Annotated[int, Field(ge=2)] = 2000
-    max_teachers: PositiveInt = 3
-    ridge: PositiveFloat = 1e-4
-    positions: PositiveInt | None = 512
-    seed: Annotated[int, Field(ge=0)] = 0
-    mechanisms: tuple[MechanismSpec, ...] = ()
-    epochs: PositiveInt = 12
-
-
-class TrainingSpec(_Spec):
-    """How students are trained: data-parallel workers, the GPUs of each (one if the cluster has any), the seed."""
-
-    workers: PositiveInt = 1
-    gpus: Annotated[float, Field(ge=0)] | None = None
-    cpus: PositiveFloat | None = None
-    seed: int = 0
-
-
-class Recipe(_Spec):
+class Recipe(Spec):
     """A whole job, from images to a trained student.
 
     Attributes:
@@ -324,7 +47,7 @@ class Recipe(_Spec):
     views: ViewsSpec
     cache: CacheSpec
     actors: ActorsSpec = ActorsSpec()
-    teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], TeacherSpec] = {}
+    teachers: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], TeacherSpec] = Field(default_factory=dict)
     student: StudentSpec
     stages: Annotated[tuple[StageSpec, ...], BeforeValidator(_stages)]
     order: OrderSpec = OrderSpec()

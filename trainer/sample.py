@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache import MissingRowsError, Plan, TeacherCache, make_plan
+from cache import MissingRowsError, Plan, RecipeError, TeacherCache, make_plan
 from trainer.annotations import read_annotations
 from trainer.compute import Failure, UnitComputer
+from trainer.groups import teacher_info
 from trainer.recipe import Recipe
-from trainer.stage_config import teacher_info
 from trainer.teacher import Teacher
 
 
@@ -64,10 +64,13 @@ def compare_sample(recipe: Recipe, name: str, count: int, device: str = "cpu", s
         count: rows; all if there are fewer.
 
     Raises:
+        RecipeError: no maps of this teacher are stored.
         MissingRowsError: nothing is committed for this recipe.
         CorruptShardError: a row of the sample is damaged.
     """
     cache = TeacherCache.open(recipe.cache.uri, name, fingerprint=teacher_info(recipe, name).record)
+    if not cache.levels:
+        raise RecipeError(f"teachers.{name}: no feature maps are stored of it, and these are what --sample compares.")
     images = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").images
     plan = make_plan(images, recipe.policy, cache.info)
     committed = np.flatnonzero(cache.index.committed(images.ids, len(recipe.policy)))

@@ -131,10 +131,20 @@ class ApplySampledView(BaseTransform):
         self._transforms = build_pipeline(record["pipeline"])
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Make the view. An image that cannot be used is an error here: the precompute has named it before."""
+        """Make the view.
+
+        Raises:
+            RecipeError: the image cannot be used; where there was a precompute, it has named it before.
+        """
         if "view" not in results:
             results["view"] = int(np.random.randint(len(self.policy)))  # noqa: NPY002 - the generator that mmengine seeds
-        return {**results, **self.make(self.load(results["img_id"]), results["view"])}
+        try:
+            return {**results, **self.make(self.load(results["img_id"]), results["view"])}
+        except UnusableImageError as error:
+            raise RecipeError(
+                f"views.sampled: image {results['img_id']} ({results.get('img_path')}) {error}. Mend the pipeline, or take the "
+                "image out of the annotation file."
+            ) from error
 
     def load(self, image_id: int) -> Loaded:
         """An image with its annotations, before any transform; serves all its views.

@@ -1,6 +1,7 @@
 """A stage's config -> a Runner -> a checkpoint of the student alone, and its AP."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from trainer.recipe import Recipe
 from trainer.stage_config import TargetSource, stage_config, stage_dir, student_config
 
 _BEGUN = "stage.json"
+_STORED = re.compile(r"\.fingerprint\.(levels|dense|head)[:.]|\.head\.fingerprint\b")
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,9 @@ def _refuse_other_recipe(folder: Path, cfg: Config) -> None:
     file = folder / _BEGUN
     if not file.exists():
         return
-    if differing := list(differences(json.loads(file.read_text()), plain(cfg.to_dict()))):
+    found = differences(json.loads(file.read_text()), plain(cfg.to_dict()))
+    # the same targets may come from a group that stores more or less of them
+    if differing := [line for line in found if not _STORED.search(line)]:
         shown = "\n  ".join(differing[:8])
         raise RecipeError(
             f"work_dir: {folder} holds a stage that was begun with another recipe:\n  {shown}\nChoose another work_dir, "

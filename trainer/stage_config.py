@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 from mmengine.config import Config
 
-from cache import CorruptShardError, GroupInfo, MissingRowsError, RecipeError, StaleCacheError, find_group, open_storage
+from cache import GroupInfo, RecipeError
 from trainer.annotations import Annotations, read_annotations
 from trainer.config import load_config, nested, plain_dict, set_classes
+from trainer.groups import teacher_info
 from trainer.needs import needs_of
-from trainer.recipe import Recipe, StageSpec
-from trainer.teacher import class_counts, describe, fingerprint_record
+from trainer.recipe import Recipe
+from trainer.specs import StageSpec
 from trainer.transforms import view_config
 
 TargetSource = Literal["cache", "online"]
@@ -49,7 +50,6 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
     if train.classes != val.classes:
         raise RecipeError("dataset: train and val have different categories; give both files the same `categories`.")
     set_classes(cfg.model, len(train.classes))
-    _refuse_other_classes(recipe, stage, len(train.classes))
     infos = [teacher_info(recipe, name) for name in spec.teachers]
     _set_data(cfg, recipe, train, stage, infos if targets == "cache" else [])
     _set_evaluation(cfg, recipe)
@@ -64,22 +64,6 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
     return cfg
 
 
-def teacher_info(recipe: Recipe, name: str) -> GroupInfo:
-    """Attributes of the group that holds, or will hold, a teacher's targets for this recipe.
-
-    What is stored follows from the recipe's mechanisms; a group that holds more of the same targets serves as well.
-    """
-    spec = recipe.teachers[name]
-    needs = needs_of(recipe, name)
-    record = fingerprint_record(
-        spec, name, recipe.policy, recipe.cache.precision, levels=needs.levels, top_k=needs.top_k, head=needs.head
-    )
-    try:
-        return find_group(open_storage(recipe.cache.uri), name, record)
-    except (MissingRowsError, StaleCacheError, CorruptShardError):
-        return describe(spec, name, record, recipe.cache.compression)
-
-
 def student_config(cfg: Config) -> Config:
     """The student's config on its own: what stock mmdet loads the student's checkpoint with."""
     alone = Config(cfg.to_dict())
@@ -89,17 +73,6 @@ def student_config(cfg: Config) -> Config:
     alone.train_dataloader = alone.val_dataloader
     alone.resume = False
     return alone
-
-
-def _refuse_other_classes(recipe: Recipe, stage: int, classes: int) -> None:
-    """A mechanism on detections or heads compares classes by their numbers; features have none."""
-    for name in recipe.stages[stage - 1].teachers:
-        needs, counts = needs_of(recipe, name, stage), class_counts(recipe.teachers[name], name)
-        if (needs.detections or needs.top_k or needs.head) and counts and classes not in counts:
-            raise RecipeError(
-                f"teachers.{name}: its heads have {', '.join(map(str, sorted(counts)))} classes, dataset.train has {classes}; "
-                f"a mechanism of stage {stage} compares classes. Take mechanisms on features for this teacher."
-            )
 
 
 def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cached: Sequence[GroupInfo]) -> None:
@@ -188,7 +161,7 @@ def _load_targets(recipe: Recipe, stage: int, cached: GroupInfo) -> dict[str, An
         teacher=cached.teacher,
         fingerprint=cached.record,
         levels=[level.name for level in cached.levels if level.name in needs.levels],
-        dense=needs.top_k > 0,
+        top_k=needs.top_k,
         detections=needs.detections,
     )
     if cache.local_dir is not None:

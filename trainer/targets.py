@@ -40,11 +40,13 @@ class CachedMaps:
         buffer: uint8, every level's maps and scales.
         layout: where each lies in the buffer.
         detections: on the CPU; None if they were not asked for.
+        top_k: positions a level of the dense outputs that are wanted; more may be stored.
     """
 
     buffer: Tensor
     layout: RowLayout
     detections: Detections | None = None
+    top_k: int = 0
 
     @property
     def map_sizes(self) -> dict[str, tuple[int, int]]:
@@ -62,7 +64,10 @@ class CachedMaps:
     @property
     def dense(self) -> Mapping[str, DenseLevel]:
         """Per level the dense outputs, on the device of the buffer."""
-        return self.layout.dense(self.buffer)
+        k, stored = self.top_k, self.layout.dense(self.buffer)  # the best first
+        return {
+            level: DenseLevel(of.indices[:k], of.logits[:k], of.terms[:k], of.shape) for level, of in stored.items()
+        }
 
     def level(self, name: str) -> Tensor:
         """A level's map, dequantised on the device of the buffer."""

@@ -1,7 +1,9 @@
 """An mmdet detector as a teacher: targets of a batch, in one forward pass."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from trainer.capture import captured, flatten, measure_levels, recorded
 from trainer.checkpoint import load_strict, read_weights, sha256
 from trainer.config import load_config, nested, plain, plain_dict
 from trainer.dense import check_dense, dense_outputs, dense_shape, strides
-from trainer.recipe import TeacherSpec
+from trainer.specs import TeacherSpec
 
 # keys of a detector's config that decide how it is trained or initialised, not what it computes
 _NO_EFFECT = frozenset({"init_cfg", "pretrained", "train_cfg"})
@@ -178,6 +180,20 @@ def class_counts(spec: TeacherSpec, name: str) -> set[int]:
     return {part["num_classes"] for part in nested(plain_dict(model)) if "num_classes" in part}
 
 
+def measured(spec: TeacherSpec, name: str) -> tuple[tuple[Level, ...], int]:
+    """All levels that a teacher's captured modules give, and the divisor of its padding, of the detector with random weights."""
+    return _measured(json.dumps(spec.model_dump(mode="json"), sort_keys=True), name)
+
+
+# building a detector takes seconds; a command asks for the same one several times
+@lru_cache(maxsize=32)
+def _measured(spec: str, name: str) -> tuple[tuple[Level, ...], int]:
+    parsed = TeacherSpec.model_validate_json(spec)
+    model = build_model(parsed, name)
+    levels = measure_levels(model, parsed.capture, f"teachers.{name}.capture")
+    return levels, getattr(model.data_preprocessor, "pad_size_divisor", 1)
+
+
 def select_levels(levels: Sequence[Level], spec: TeacherSpec, key: str) -> tuple[Level, ...]:
     """The levels that are stored: all of them or those named, pooled as the recipe says.
 
@@ -229,16 +245,14 @@ def fingerprint_record(
 
 
 def describe(spec: TeacherSpec, name: str, record: dict[str, Any], compression: Compression = "none") -> GroupInfo:
-    """What a teacher's group will hold: builds the detector with random weights to measure its levels."""
-    model = build_model(spec, name).eval()
-    levels = measure_levels(model, spec.capture, f"teachers.{name}.capture")
-    divisor = getattr(model.data_preprocessor, "pad_size_divisor", 1)
+    """What a teacher's group will hold."""
+    levels, divisor = measured(spec, name)
     chosen = record.get("levels")
     spec = spec if chosen is None else spec.model_copy(update={"levels": tuple(chosen)})
     levels = select_levels(levels, spec, f"teachers.{name}")
     dense: tuple[DenseSpec, ...] = ()
     if top_k := record.get("dense"):
-        anchors, classes, terms = dense_shape(head := dense_head(model, f"teachers.{name}"))
+        anchors, classes, terms = dense_shape(head := dense_head(build_model(spec, name), f"teachers.{name}"))
         dense = tuple(DenseSpec(level_name(s), s, anchors, classes, terms, top_k) for s in strides(head))
     kept = head_digest(head_file(spec, name)) if record.get("head") else None
     return GroupInfo(name, record, levels, record["precision"], divisor, compression, dense=dense, head=kept)

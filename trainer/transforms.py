@@ -73,7 +73,8 @@ class LoadTeacherTargets(BaseTransform):
         teacher: the teacher's name.
         fingerprint: the fingerprint record that is wanted; anything else is refused.
         levels: levels to read; all by default.
-        dense, detections: read the dense head's outputs, the detections.
+        top_k: positions a level of the dense head's outputs to read, the best; 0 for none.
+        detections: read the detections.
         local_dir, local_bytes: see `TeacherCache.open`.
     """
 
@@ -83,7 +84,7 @@ class LoadTeacherTargets(BaseTransform):
         teacher: str,
         fingerprint: dict[str, Any] | None = None,
         levels: list[str] | None = None,
-        dense: bool = False,
+        top_k: int = 0,
         detections: bool = False,
         local_dir: str | None = None,
         local_bytes: int | None = None,
@@ -93,11 +94,11 @@ class LoadTeacherTargets(BaseTransform):
             teacher,
             fingerprint=fingerprint,
             levels=levels,
-            dense=dense,
+            dense=top_k > 0,
             local_dir=local_dir,
             local_bytes=local_bytes,
         )
-        self._detections = detections
+        self._top_k, self._detections = top_k, detections
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Read one row.
@@ -110,5 +111,5 @@ class LoadTeacherTargets(BaseTransform):
         sample = results["data_samples"]
         # a copy: a view would drag its whole shard along when a loader's worker hands it over
         targets = self.cache[sample.img_id, sample.view].copy()
-        maps = CachedMaps(targets.buffer, targets.layout, targets.detections if self._detections else None)
+        maps = CachedMaps(targets.buffer, targets.layout, targets.detections if self._detections else None, self._top_k)
         return {**results, "teacher_maps": {**results.get("teacher_maps", {}), self.cache.info.teacher: maps}}

@@ -97,7 +97,11 @@ def test_levels_are_paired_by_stride_not_by_place() -> None:
 
 
 def test_a_mechanism_is_checked_by_name_and_arguments() -> None:
-    check_mechanism({"type": "PKDLoss", "loss_weight": 6.0})
+    assert check_mechanism({"type": "PKDLoss", "loss_weight": "2e-5"}) == {"type": "PKDLoss", "loss_weight": 2e-5}
+    with pytest.raises(ValueError, match=r"levels: .*'P3'"):
+        check_mechanism({"type": "PKDLoss", "levels": "P3"})
+    with pytest.raises(ValueError, match=r"mode: .*'qfl' or 'kl'"):
+        check_mechanism({"type": "DenseLogitLoss", "mode": "mse"})
     with pytest.raises(ValueError, match=r"'PKD' is not a mechanism; there are CWDLoss, .*PKDLoss"):
         check_mechanism({"type": "PKD"})
     with pytest.raises(ValueError, match="no argument 'weight'; it has loss_weight, levels"):

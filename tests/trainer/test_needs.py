@@ -10,9 +10,9 @@ from torch import Tensor
 from cache import RecipeError, TeacherCache
 from tests import models
 from tests.trainer import precompute
-from trainer import Batch, needs_of, parse_recipe, stage_config
+from trainer import Batch, OrderRows, needs_of, parse_recipe, read_annotations, stage_config
+from trainer.groups import teacher_info
 from trainer.mechanisms import MECHANISMS, Mechanism
-from trainer.stage_config import teacher_info
 
 SEEN: list[Batch] = []
 
@@ -61,6 +61,10 @@ def test_what_a_larger_recipe_stored_serves_a_smaller_one(content) -> None:
     larger = parse_recipe({**content, "stages": stages({"type": "PKDLoss"})}, "test")
     smaller = parse_recipe({**content, "stages": stages({"type": "PKDLoss", "levels": ["P5"]})}, "test")
     assert teacher_info(larger, "mask").digest != teacher_info(smaller, "mask").digest
+    ids = read_annotations(larger.dataset.train.ann_file, "test").images.ids
+    half = OrderRows(tuple((int(i), 0) for i in ids), ())
+    precompute.fill(larger, "mask", half)
+    assert teacher_info(smaller, "mask").digest != teacher_info(larger, "mask").digest, "half of the rows serve nobody"
     precompute.fill(larger, "mask")
     assert teacher_info(smaller, "mask").digest == teacher_info(larger, "mask").digest
     assert precompute.fill(smaller, "mask") == []
@@ -102,8 +106,41 @@ def test_dense_outputs_detections_and_head_are_the_same_from_cache_and_live_teac
     # a mechanism on maps alone reads the same group, and none of the rest
     content["stages"] = stages({"type": "PKDLoss"}, teacher="small")
     alone = stage_config(parse_recipe(content, "test"), 1).train_dataloader.dataset.dataset.pipeline[-1]
-    assert (alone.dense, alone.detections, alone.fingerprint) == (False, False, info.record)
+    assert (alone.top_k, alone.detections, alone.fingerprint) == (0, False, info.record)
     assert len(TeacherCache.open(recipe.cache.uri, "small")) == 40
+
+
+def test_a_recipe_of_detections_alone_stores_no_maps_and_trains(content, data: Path) -> None:
+    content["stages"] = stages({"type": "DetectionLoss", "loss_weight": 0.1}, teacher="small")
+    recipe = parse_recipe(content, "test")
+    assert precompute.fill(recipe, "small") == []
+    assert not list(Path(recipe.cache.uri).glob("small-*/*/P*"))
+    cfg = stage_config(recipe, 1)
+    runner = Runner.from_cfg(cfg)
+    runner.model.train()
+    item = next(iter(runner.build_dataloader(cfg.train_dataloader, seed=0)))
+    given = runner.model(**runner.model.data_preprocessor(item, True), mode="loss")
+    assert torch.isfinite(given["loss_DetectionLoss"])
+
+
+def test_more_dense_positions_than_asked_for_are_cut(content, data: Path) -> None:
+    content["stages"] = stages({"type": "ProbeLoss"}, teacher="small")
+    content["teachers"]["small"]["top_k"] = 40
+    precompute.fill(parse_recipe(content, "test"), "small")
+    content["teachers"]["small"]["top_k"] = 8
+    recipe = parse_recipe(content, "test")
+    (cached, _), (online, _) = (step(recipe, source) for source in ("cache", "online"))
+    for ours, theirs in zip(cached.dense, online.dense, strict=True):
+        assert all(
+            torch.equal(of.indices, theirs[level].indices) and len(of.indices) == 8 for level, of in ours.items()
+        )
+
+
+@pytest.mark.parametrize("levels", [["P9"], ["P2"]])
+def test_levels_that_one_side_lacks_are_refused_before_anything_is_computed(content, levels: list[str]) -> None:
+    recipe = parse_recipe({**content, "stages": stages({"type": "PKDLoss", "levels": levels})}, "test")
+    with pytest.raises(RecipeError, match=rf"stages: PKDLoss\.levels: the student has no level '{levels[0]}'"):
+        teacher_info(recipe, "mask")
 
 
 def test_a_teacher_without_a_dense_head_is_refused_where_one_is_wanted(content) -> None:

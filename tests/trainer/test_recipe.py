@@ -32,6 +32,12 @@ def edited(content: dict, key: str, value: object) -> dict:
         ("stages.1.epochs", 0, r"stages\.1\.epochs: .*greater than 0"),
         ("stages.1.mechanisms", [{"type": "PKD"}], r"stages\.1\.mechanisms\.1: type 'PKD' is not a mechanism"),
         ("stages.1.mechanisms", [], r"stages\.1: a stage has a teacher and mechanisms, or neither"),
+        ("stages.1.teacher", [], r"stages\.1\.teacher: a teacher's name, or a list of names \(got \[\]\)"),
+        (
+            "stages.1.mechanisms",
+            [{"type": "MGDLoss", "loss_weight": "much"}],
+            r"stages\.1\.mechanisms\.1: loss_weight: .*number",
+        ),
         ("stages.1.epoch", 3, r"stages\.1\.epoch: no such key"),
         ("student", {}, r"student\.config: required, but missing"),
         ("student.inherit", "swim", r"student\.inherit: 'swim' is not in `teachers` \(small, swin\)"),

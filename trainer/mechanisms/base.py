@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from mmengine.registry import Registry
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from cache import DenseLevel, Detections, Level, RecipeError
@@ -176,24 +177,35 @@ def fit(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
     return resized[:, :-1] / resized[:, -1:].clamp(min=1e-6)
 
 
-def check_mechanism(spec: Mapping[str, Any]) -> None:
+def check_mechanism(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Check a recipe's mechanism without building it.
 
+    Returns:
+        It, with numbers that were written as text (YAML takes ``2e-5`` for one) as numbers.
+
     Raises:
-        ValueError: an unknown type or argument; the message names what is known.
+        ValueError: an unknown type or argument, or a value of another kind; the message names what is known.
     """
     known = MECHANISMS.get(str(spec.get("type")))
     if known is None:
         names = ", ".join(sorted(MECHANISMS.module_dict))
         raise ValueError(f"type {spec.get('type')!r} is not a mechanism; there are {names}")
-    arguments = [
-        name
+    arguments = {
+        name: parameter.annotation
         for name, parameter in inspect.signature(known).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    for name in spec:
-        if name != "type" and name not in arguments:
+    }
+    checked = {"type": spec["type"]}
+    for name, value in spec.items():
+        if name == "type":
+            continue
+        if name not in arguments:
             raise ValueError(f"{spec['type']} has no argument {name!r}; it has {', '.join(arguments)}")
+        try:
+            checked[name] = TypeAdapter(arguments[name]).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"{name}: {error.errors()[0]['msg']} (got {value!r})") from None
+    return checked
 
 
 def pair(

@@ -1,0 +1,47 @@
+"""The driver of a precompute where nothing is left to compute, which needs no Ray; and groups that several recipes share."""
+
+from pathlib import Path
+
+from cache import open_storage, read_head
+from services import maintain
+from services.precompute import fill
+from tests import models
+from tests.trainer import precompute
+from trainer import parse_recipe, teacher_info
+
+
+def crosskd(data: Path, folder: Path, **more: object) -> dict:
+    content = models.recipe(data, folder, **more)
+    content["stages"] = [{"teacher": "small", "mechanisms": [{"type": "CrossKDLoss"}], "epochs": 1}]
+    return content
+
+
+def test_a_full_group_gets_its_attributes_and_head_back(data: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe(crosskd(data, tmp_path), "test")
+    precompute.fill(recipe, "small")
+    info = teacher_info(recipe, "small")
+    folder = Path(recipe.cache.uri) / info.name
+    (folder / "head.safetensors").unlink()
+    (folder / "zarr.json").write_text("{}")
+    assert fill(recipe, "small").computed == 0
+    assert read_head(open_storage(recipe.cache.uri), info)
+    assert teacher_info(recipe, "small") == info
+
+
+def test_a_finished_recipe_frees_its_own_group_and_none_that_only_serves_it(data: Path, tmp_path: Path) -> None:
+    larger = parse_recipe(crosskd(data, tmp_path), "test")
+    precompute.fill(larger, "small")
+    content = models.recipe(data, tmp_path, work_dir=str(tmp_path / "smaller"))
+    content["stages"] = [{"teacher": "small", "mechanisms": [{"type": "PKDLoss", "levels": ["P4"]}], "epochs": 1}]
+    smaller = parse_recipe(content, "test")
+    assert teacher_info(smaller, "small") == teacher_info(larger, "small")
+    storage = open_storage(larger.cache.uri)
+    for recipe in (larger, smaller):
+        done = Path(recipe.work_dir) / "stage-1" / "result.json"
+        done.parent.mkdir(parents=True)
+        done.write_text("{}")
+    reasons = [
+        [g.reason for g in maintain.garbage(maintain.Target(storage, recipe), superseded=False, finished=True)]
+        for recipe in (smaller, larger)
+    ]
+    assert reasons == [[], ["stage is done"]]

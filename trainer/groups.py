@@ -1,0 +1,89 @@
+"""Which group of the cache holds a teacher's targets for a recipe."""
+
+import logging
+from typing import Any
+
+from mmengine.logging import print_log
+
+from cache import (
+    CorruptShardError,
+    GroupInfo,
+    RecipeError,
+    Storage,
+    fingerprint,
+    group_name,
+    load_index,
+    open_storage,
+    read_group,
+    serves,
+)
+from trainer.annotations import read_annotations
+from trainer.needs import Needs, needs_of
+from trainer.recipe import Recipe
+from trainer.teacher import class_counts, describe, fingerprint_record
+
+
+def wanted_record(recipe: Recipe, name: str) -> dict[str, Any]:
+    """The fingerprint record of a teacher's targets, and of what the recipe's mechanisms store of them.
+
+    Raises:
+        RecipeError: a mechanism matches no level of both detectors, or compares classes that differ.
+    """
+    needs = needs_of(recipe, name)
+    _refuse_other_classes(recipe, name, needs)
+    return fingerprint_record(
+        recipe.teachers[name],
+        name,
+        recipe.policy,
+        recipe.cache.precision,
+        levels=needs.levels,
+        top_k=needs.top_k,
+        head=needs.head,
+    )
+
+
+def teacher_info(recipe: Recipe, name: str) -> GroupInfo:
+    """Attributes of the group that holds, or will hold, a teacher's targets for this recipe.
+
+    What is stored follows from the recipe's mechanisms. Where there is no such group yet, one that holds more of the same
+    targets serves as well, if it holds every row.
+    """
+    record, storage = wanted_record(recipe, name), open_storage(recipe.cache.uri)
+    own = group_name(name, fingerprint(record))
+    try:
+        info = read_group(storage, own)
+    except CorruptShardError:
+        info = None  # the precompute writes its attributes anew
+    else:
+        info = info or _serving(recipe, storage, name, record)
+    return info or describe(recipe.teachers[name], name, record, recipe.cache.compression)
+
+
+def _serving(recipe: Recipe, storage: Storage, name: str, record: dict[str, Any]) -> GroupInfo | None:
+    found = []
+    for folder in storage.folders():
+        if not folder.startswith(f"{name}-"):
+            continue
+        try:
+            info = read_group(storage, folder)
+            if info is None or info.teacher != name or not serves(info, record):
+                continue
+            ids = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").images.ids
+            if load_index(storage, info).committed(ids, len(recipe.policy)).all():
+                found.append(info)
+        except CorruptShardError as error:
+            print_log(f"a group that might have served is damaged: {error}", "current", logging.WARNING)
+    return min(found, key=lambda info: (len(info.levels) + 3 * len(info.dense), info.name), default=None)
+
+
+def _refuse_other_classes(recipe: Recipe, name: str, needs: Needs) -> None:
+    """A mechanism on detections or heads compares classes by their numbers; features have none."""
+    if not (needs.detections or needs.top_k or needs.head):
+        return
+    counts = class_counts(recipe.teachers[name], name)
+    classes = len(read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").classes)
+    if counts and classes not in counts:
+        raise RecipeError(
+            f"teachers.{name}: its heads have {', '.join(map(str, sorted(counts)))} classes, dataset.train has {classes}, and a "
+            "mechanism of its stages compares classes. Take mechanisms on features for this teacher."
+        )
