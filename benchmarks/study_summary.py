@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 
 from benchmarks.arms import Arms, by_seed, interval, paired, read, spread
-from benchmarks.study_arms import arms
+from benchmarks.study_arms import MECHANISMS, arms
 from benchmarks.study_settings import SETTINGS
 from services.present import say
 
@@ -28,9 +28,10 @@ COMPARISONS = (
     ("progressive", "alone, then direct", "a weaker first teacher instead of none, both restarted"),
     ("twice", "alone, then direct", "the strongest teacher first instead of none, both restarted"),
     ("r18 first", "progressive", "the first teacher: weaker, but of the student's family"),
-    ("progressive", "reversed", "order"),
+    ("progressive", "reversed", "order: weak to strong, or strong to weak"),
     ("weakest", "inherited", "distillation from the weakest teacher"),
     ("direct", "weakest", "the teacher's strength"),
+    ("reversed", "direct", "a weaker last teacher, and a restart"),
     ("ensemble", "direct", "all teachers at once instead of the strongest"),
     ("progressive", "ensemble", "one teacher after the other instead of all at once"),
     ("direct, then alone", "direct", "no teacher in the second half"),
@@ -41,13 +42,7 @@ COMPARISONS = (
     ("trained, progressive", "trained, alone", "distillation of a trained student from weak to strong"),
     ("trained, progressive", "trained, direct", "a weaker first teacher, of a trained student"),
     ("online", "direct", "the live teacher instead of its cache"),
-    ("direct, feature matching", "inherited", "normalised feature matching"),
-    ("direct, MGD", "inherited", "MGD"),
-    ("direct, CWD", "inherited", "CWD"),
-    ("direct, FGD", "inherited", "FGD"),
-    ("direct, class logits", "inherited", "class logits of the teacher's best positions"),
-    ("direct, CrossKD", "inherited", "CrossKD"),
-    ("direct, pseudo-boxes", "inherited", "the teacher's detections as truth beside the truth"),
+    *((f"direct, {name}", "direct", f"{name} instead of PKD") for name in MECHANISMS if name != "PKD"),
     ("direct", "views 1", "two cached views (flip) instead of one"),
     *(
         (f"sampled {count}", "sampled 1", f"{count} cached views (size, flip) instead of one")
