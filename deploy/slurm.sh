@@ -25,6 +25,10 @@ port=$((20000 + SLURM_JOB_ID % 10000))
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address)
 head=${head%% *}
+if [[ $head == 127.* ]]; then
+    echo "${nodes[0]}: its name stands for $head, which the other nodes cannot reach. Correct /etc/hosts there." >&2
+    exit 1
+fi
 export RAY_ADDRESS=$head:$port
 cpus=${SLURM_CPUS_PER_TASK:-1}
 gpus=${SLURM_GPUS_ON_NODE:-0}

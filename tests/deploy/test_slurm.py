@@ -15,7 +15,8 @@ SCRIPT = DEPLOY / "slurm.sh"
 _COMMANDS = {
     "scontrol": '[[ $1 == show ]] && printf "%s\\n" node1 node2 node3; exit 0',
     # as Slurm does: the options go, the command stays
-    "srun": 'while [[ $1 == --* ]]; do shift; done; if [[ $1 == hostname ]]; then echo 10.0.0.1 fe80::1; else exec "$@"; fi',
+    "srun": "while [[ $1 == --* ]]; do shift; done; "
+    'if [[ $1 == hostname ]]; then echo "${HEAD_IP:-10.0.0.1} fe80::1"; else exec "$@"; fi',
     "ray": '[[ $1 == start ]] && exec sleep 60; until grep -q "^ray start --head" "$(dirname "$0")/calls"; do sleep 0.02; done',
     # not before every node has joined: the script itself does not wait for them
     "mtpd": 'until [[ $(grep -c "^ray start" "$(dirname "$0")/calls") == 2 ]]; do sleep 0.02; done; '
@@ -64,6 +65,13 @@ def test_a_head_then_the_other_nodes_then_the_recipe(environment: dict[str, str]
 def test_what_the_recipe_ends_with_the_job_ends_with(environment: dict[str, str]) -> None:
     done = subprocess.run(["bash", SCRIPT, "bad.yaml"], env=environment, timeout=30)
     assert done.returncode == 1
+
+
+def test_a_head_that_only_itself_can_reach_is_refused(environment: dict[str, str]) -> None:
+    environment["HEAD_IP"] = "127.0.1.1"
+    done = subprocess.run(["bash", SCRIPT, "recipe.yaml"], env=environment, capture_output=True, timeout=30)
+    assert done.returncode == 1
+    assert b"node1: its name stands for 127.0.1.1" in done.stderr
 
 
 def test_told_to_end_it_goes_back_to_the_queue(environment: dict[str, str], tmp_path: Path) -> None:
