@@ -53,7 +53,7 @@ srun --overlap --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" \
     ray start --head --node-ip-address="$head" --port="$port" --include-dashboard=false \
     --num-cpus="$cpus" --num-gpus="$gpus" --block &
 children+=($!)
-# without a cluster at RAY_ADDRESS mtpd would start one of its own: wait until there is one
+# a head that does not come up ends the job here; mtpd would go on trying to reach it for minutes
 for _ in $(seq 60); do
     ray health-check --address "$RAY_ADDRESS" >/dev/null 2>&1 && break
     kill -0 "${children[0]}" || exit 1
