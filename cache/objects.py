@@ -45,7 +45,7 @@ _FIRST_PAUSE = 0.2
 # the client may need minutes to give up: after so many no further try is begun
 _PATIENCE_SECONDS = 240.0
 # what the client calls an error like any other: refused lists, and no credentials, for which it asks the machine in vain
-_REFUSED = re.compile(r"status code: 40[13]\b|//169\.254\.169\.254/")
+_REFUSED = re.compile(r"status code: 40[13]\b|\bAccessDenied\b|//169\.254\.169\.254/")
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 _PART_BYTES = 32 * 2**20
 _CONCURRENCY = 16

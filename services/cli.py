@@ -204,7 +204,10 @@ def main() -> None:
 
 def _teachers(recipe: Recipe, only: str | None) -> list[str]:
     if only is None:
-        return used_teachers(recipe)
+        used = used_teachers(recipe)
+        if not used:
+            complain("no stage of this recipe has a teacher: nothing is stored")
+        return used
     if only not in recipe.teachers:
         raise RecipeError(f"--teacher {only}: not in `teachers` ({', '.join(recipe.teachers) or 'none'}).")
     return [only]

@@ -201,7 +201,7 @@ def test_mgd_on_bare_convolutions_pairs_levels_by_stride_and_learns(
     assert course.last < 0.95 * course.first, course
 
 
-# what of the neck and heads the rows of MTPD's table cannot take over; everything else is the teacher's (paper.md, 1.2)
+# what of the neck and heads the rows of MTPD's table cannot take over; everything else is the teacher's, as in its released code
 ROWS = {
     ("retinanet-r18", "retinanet-r18"): set(),
     ("retinanet-swin", "retinanet-r18"): {

@@ -1,0 +1,48 @@
+"""The files of ``deploy/``, read as their tests need them."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+RECIPE = DEPLOY / "recipe.yaml"
+MANUAL = ROOT / "docs" / "operations.md"
+JOBS = ("rayjob-precompute", "rayjob-train")
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    """The documents of a Kubernetes file."""
+    return list(yaml.safe_load_all((DEPLOY / "kubernetes" / f"{name}.yaml").read_text()))
+
+
+def ray_clusters() -> dict[str, dict[str, Any]]:
+    """The spec of each Ray cluster, by the file that holds it."""
+    jobs = {name: documents(name)[0]["spec"]["rayClusterSpec"] for name in JOBS}
+    return {"raycluster": documents("raycluster")[0]["spec"], **jobs}
+
+
+def pod_templates() -> dict[str, dict[str, Any]]:
+    """Every pod template, by file and group."""
+    found = {}
+    for name, spec in ray_clusters().items():
+        found[f"{name} head"] = spec["headGroupSpec"]["template"]
+        found |= {f"{name} {group['groupName']}": group["template"] for group in spec["workerGroupSpecs"]}
+    for name in JOBS:
+        found[f"{name} submitter"] = documents(name)[0]["spec"]["submitterPodTemplate"]
+    return found
+
+
+def launcher() -> dict[str, Any]:
+    """The cluster launcher's file."""
+    return yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text())
+
+
+def commands() -> list[list[str]]:
+    """Every command line of the manual's shell blocks, comments removed, in words."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", MANUAL.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
