@@ -26,7 +26,8 @@ def test_a_sample_agrees_until_an_image_is_another_one(tmp_path: Path) -> None:
     assert report.agrees
     assert [level.rows for level in report.levels] == [12] * 5
     for level in report.levels:
-        assert level.measured_snr == pytest.approx(level.recorded_snr, abs=0.01)
+        # beyond 100 dB both are the rounding of float32 itself
+        assert min(level.measured_snr, 100) == pytest.approx(min(level.recorded_snr, 100), abs=0.01)
         assert level.flipped_cosine is not None
     # int4 is noticed, and is no more than that; the last level has one value a channel, which nothing is lost of
     assert all(0.9 < level.least_cosine <= level.cosine < 0.9999 for level in report.levels[:2])
