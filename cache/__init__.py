@@ -31,10 +31,11 @@ from cache.layout import (
     level_name,
     serves,
 )
-from cache.lease import Lease, fence
+from cache.lease import LEASE_SECONDS, Holder, Lease, fence, lease_holder
 from cache.manifest import Index, compact, load_index, part_names
 from cache.plan import Bucket, Images, Plan, Row, Unit, make_plan
-from cache.reader import TeacherCache, find_group, list_groups, read_group
+from cache.progress import NAMED_FAILURES, FailedRow, RunProgress, State, read_progress, write_progress
+from cache.reader import TeacherCache, find_group, list_groups, planned_rows, read_group
 from cache.storage import LocalStorage, Storage, open_storage
 from cache.targets import DenseLevel, RowLayout, Targets
 from cache.verify import Damage, Report, repair, verify
@@ -43,6 +44,8 @@ from cache.writer import DenseArrays, RowTargets, prepare, write_unit
 
 __all__ = [
     "FORMAT_VERSION",
+    "LEASE_SECONDS",
+    "NAMED_FAILURES",
     "Bucket",
     "BudgetError",
     "Compression",
@@ -53,8 +56,10 @@ __all__ = [
     "DenseSpec",
     "Detections",
     "Encoded",
+    "FailedRow",
     "Garbage",
     "GroupInfo",
+    "Holder",
     "Images",
     "Index",
     "Lease",
@@ -71,8 +76,10 @@ __all__ = [
     "Row",
     "RowLayout",
     "RowTargets",
+    "RunProgress",
     "SampledPolicy",
     "StaleCacheError",
+    "State",
     "Storage",
     "StorageError",
     "Targets",
@@ -91,6 +98,7 @@ __all__ = [
     "fingerprint",
     "group_name",
     "head_digest",
+    "lease_holder",
     "level_name",
     "list_groups",
     "load_index",
@@ -99,10 +107,12 @@ __all__ = [
     "pack_head",
     "padded",
     "part_names",
+    "planned_rows",
     "pool",
     "prepare",
     "read_group",
     "read_head",
+    "read_progress",
     "remove",
     "repair",
     "resized",
@@ -110,5 +120,6 @@ __all__ = [
     "verify",
     "whole_group",
     "write_head",
+    "write_progress",
     "write_unit",
 ]

@@ -20,6 +20,7 @@ from cache.mapped import MappedRows
 from cache.shard import Bytes, DamagedBytesError
 from cache.storage import LocalStorage, Storage, open_storage
 from cache.targets import RowLayout, Targets
+from cache.views import SampledPolicy, ViewPolicy
 
 _MAX_PARTS = 64
 _LOCAL_BYTES = 64 * 2**30
@@ -36,6 +37,7 @@ class TeacherCache:
     Attributes:
         info: the attributes of the teacher's group.
         levels: per level its channels and stride, ``{"P3": (256, 8), ...}``.
+        last_kept: whether the row that was read last was on the local disk; None where no rows are kept there.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class TeacherCache:
             if levels is None or level.name in levels
         }
         self._storage, self._verify, self._kept = storage, verify, kept
+        self.last_kept: bool | None = None
         self._open()
 
     @classmethod
@@ -180,6 +183,7 @@ class TeacherCache:
         if self._kept is not None and label is not None:
             name = f"{self._kept_as}/{bucket}/{location.row}"
             buffer = self._kept.get(name, label, layout.nbytes)
+            self.last_kept = buffer is not None
             if buffer is not None:
                 return layout.rows(buffer)
         try:
@@ -279,3 +283,14 @@ def read_group(storage: Storage, name: str) -> GroupInfo | None:
             f"{storage.where(name)}: holds the group {info.name}; it is not where it belongs. Give the folder its name back."
         )
     return info
+
+
+def planned_rows(storage: Storage) -> int | None:
+    """Rows that a whole group of this cache has, as its root's attributes say; None where they do not."""
+    try:
+        attributes = (read_document(storage, "zarr.json") or {})["attributes"]
+        views = attributes["views"]
+        policy = (SampledPolicy if "sampled" in views else ViewPolicy).from_json(views)
+        return int(attributes["dataset"]["images"]) * len(policy)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None

@@ -11,7 +11,7 @@ import typer
 
 from cache import CorruptShardError, MtpdError, Plan, Policy, RecipeError, SampledPolicy, open_storage
 from services import demo as demonstration
-from services import maintain
+from services import looking, maintain
 from services.order import decided, decided_if_known, find_order, show_order
 from services.precompute import fill, plan_teacher, refuse_too_large, show_fill, used_teachers
 from services.present import complain, duration, say, size, table
@@ -191,6 +191,10 @@ def demo(
 ) -> None:
     """The whole job on generated data, from nothing, on this machine: three arms at equal epochs."""
     demonstration.run(work_dir)
+
+
+for command in (looking.status,):
+    app.command()(command)
 
 
 def main() -> None:

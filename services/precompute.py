@@ -20,6 +20,7 @@ from cache import (
 )
 from services import cluster
 from services.actor import ActorJob, TeacherActor
+from services.journal import Journal
 from services.pool import Pool, SetAside
 from services.present import Progress, complain, duration, say, size
 from services.records import keep_recipe, record_fill
@@ -122,21 +123,28 @@ def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: fl
     create = lambda: TeacherActor.options(num_cpus=cpus, num_gpus=gpus).remote(job)  # noqa: E731
     failures: list[Failure] = []
     computed, written, device_seconds, parts, folded = 0, 0, 0.0, 0, 0
-    with Progress(f"teacher {teacher}", plan.total, plan.total - plan.todo) as progress:
+    with (
+        Progress(f"teacher {teacher}", plan.total, plan.total - plan.todo) as progress,
+        Journal(storage, plan, lease, actors) as journal,
+    ):
         pool = Pool(create, actors, min(recipe.actors.min, actors), progress.notice)
         try:
             for outcome in pool.run(plan.units()):
                 lease.check()
                 progress.begin(pool.begun)
+                journal.update(pool.begun, pool.retried)
                 if isinstance(outcome, SetAside):
-                    failures += [Failure(r.image_id, r.view, r.file_name, outcome.reason) for r in outcome.unit.rows]
-                    progress.advance(0, len(outcome.unit.rows))
+                    lost = [Failure(r.image_id, r.view, r.file_name, outcome.reason) for r in outcome.unit.rows]
+                    failures += lost
+                    progress.advance(0, len(lost))
+                    journal.count(0, 0, lost)
                     continue
                 failures += outcome.failures
                 computed += outcome.rows
                 written += outcome.written_bytes
                 device_seconds += outcome.device_seconds
                 progress.advance(outcome.rows, len(outcome.failures))
+                journal.count(outcome.rows, outcome.written_bytes, outcome.failures)
                 parts += outcome.rows > 0
                 if parts > max(_PARTS, folded // 4):
                     folded, parts = folded + compact(storage, plan.info), 0

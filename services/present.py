@@ -53,6 +53,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d} min"
 
 
+def ago(moment: float) -> str:
+    """How long ago a moment was, in seconds since the epoch, for people."""
+    seconds = max(0.0, time.time() - moment)
+    return duration(seconds) if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
+
+
 class Progress:
     """Images done, images/s and time left: a bar on a terminal, else a line every few seconds.
 

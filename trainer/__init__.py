@@ -33,6 +33,7 @@ from trainer.order import (
     with_candidates,
 )
 from trainer.pictures import LEAST_SCORE, Energy, Picture, Pictures, SeenObject, Sight, take_pictures
+from trainer.pulse import Pulse, read_pulse
 from trainer.recipe import Recipe, load_recipe, parse_recipe
 from trainer.sample import Agreement, SampleReport, compare_sample
 from trainer.sampled import ApplySampledView
@@ -64,6 +65,7 @@ __all__ = [
     "OrderRows",
     "Picture",
     "Pictures",
+    "Pulse",
     "Recipe",
     "SampleReport",
     "SceneOptions",
@@ -98,6 +100,7 @@ __all__ = [
     "parse_recipe",
     "pool_student",
     "read_annotations",
+    "read_pulse",
     "refuse_other_classes",
     "select_teachers",
     "stage_config",

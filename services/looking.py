@@ -1,0 +1,32 @@
+"""The commands that look at a cache or a job and change nothing."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from services import maintain
+from services import status as state
+
+CacheOrRecipe = Annotated[
+    str, typer.Argument(metavar="CACHE|RECIPE", help="A cache (path or URI), or a recipe (YAML).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def status(
+    target: CacheOrRecipe,
+    as_json: AsJson = False,
+    watch: Annotated[
+        float | None, typer.Option("--watch", min=1, metavar="SECONDS", help="Again and again, until all is done.")
+    ] = None,
+) -> None:
+    """How far the precomputes are, and with a recipe its stages: from the store alone, during a run and after it."""
+    place = maintain.open_target(target)
+    if as_json:
+        typer.echo(json.dumps(asdict(state.status(place)), indent=1))
+    elif watch is not None:
+        state.watch(place, watch)
+    else:
+        state.show(state.status(place))
