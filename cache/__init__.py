@@ -35,7 +35,8 @@ from cache.lease import LEASE_SECONDS, Holder, Lease, fence, lease_holder
 from cache.manifest import Index, compact, load_index, part_names
 from cache.plan import Bucket, Images, Plan, Row, Unit, make_plan
 from cache.progress import NAMED_FAILURES, FailedRow, RunProgress, State, read_progress, write_progress
-from cache.reader import TeacherCache, find_group, list_groups, planned_rows, read_group
+from cache.reader import TeacherCache, find_group, list_groups, planned_rows, planned_views, read_group
+from cache.references import Reference, Use, forget, needed_by, refer, reference_name, references
 from cache.storage import LocalStorage, Storage, open_storage
 from cache.targets import DenseLevel, RowLayout, Targets
 from cache.verify import Damage, Report, repair, verify
@@ -72,6 +73,7 @@ __all__ = [
     "Policy",
     "Precision",
     "RecipeError",
+    "Reference",
     "Report",
     "Row",
     "RowLayout",
@@ -86,6 +88,7 @@ __all__ = [
     "TeacherCache",
     "TeacherLoadError",
     "Unit",
+    "Use",
     "View",
     "ViewPolicy",
     "compact",
@@ -96,6 +99,7 @@ __all__ = [
     "find_garbage",
     "find_group",
     "fingerprint",
+    "forget",
     "group_name",
     "head_digest",
     "lease_holder",
@@ -103,16 +107,21 @@ __all__ = [
     "list_groups",
     "load_index",
     "make_plan",
+    "needed_by",
     "open_storage",
     "pack_head",
     "padded",
     "part_names",
     "planned_rows",
+    "planned_views",
     "pool",
     "prepare",
     "read_group",
     "read_head",
     "read_progress",
+    "refer",
+    "reference_name",
+    "references",
     "remove",
     "repair",
     "resized",

@@ -20,7 +20,7 @@ from cache.mapped import MappedRows
 from cache.shard import Bytes, DamagedBytesError
 from cache.storage import LocalStorage, Storage, open_storage
 from cache.targets import RowLayout, Targets
-from cache.views import SampledPolicy, ViewPolicy
+from cache.views import Policy, SampledPolicy, ViewPolicy
 
 _MAX_PARTS = 64
 _LOCAL_BYTES = 64 * 2**30
@@ -285,12 +285,24 @@ def read_group(storage: Storage, name: str) -> GroupInfo | None:
     return info
 
 
-def planned_rows(storage: Storage) -> int | None:
-    """Rows that a whole group of this cache has, as its root's attributes say; None where they do not."""
+def planned_views(storage: Storage, info: GroupInfo) -> int | None:
+    """Views of each image in a group, as its fingerprint's record says, or else the cache's root; None where neither does."""
+    root = read_document(storage, "zarr.json") or {}
+    for attributes in (info.record, root.get("attributes", {})):
+        try:
+            record = attributes["views"]
+            policy: Policy = SampledPolicy.from_json(record) if "sampled" in record else ViewPolicy.from_json(record)
+            return len(policy)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue
+    return None
+
+
+def planned_rows(storage: Storage, info: GroupInfo) -> int | None:
+    """Rows of a group when it is whole, by the images that the cache's root counts; None where it does not."""
     try:
-        attributes = (read_document(storage, "zarr.json") or {})["attributes"]
-        views = attributes["views"]
-        policy = (SampledPolicy if "sampled" in views else ViewPolicy).from_json(views)
-        return int(attributes["dataset"]["images"]) * len(policy)
-    except (KeyError, TypeError, ValueError, AttributeError):
+        images = int((read_document(storage, "zarr.json") or {})["attributes"]["dataset"]["images"])
+    except (KeyError, TypeError, ValueError):
         return None
+    views = planned_views(storage, info)
+    return None if views is None else images * views

@@ -172,14 +172,19 @@ def gc(
     delete: Annotated[
         bool, typer.Option("--delete/--dry-run", help="Remove it; by default it is only listed.")
     ] = False,
+    forget: Annotated[
+        str | None,
+        typer.Option("--forget", metavar="NAME", help="A recipe, as `mtpd ls` names it, needs nothing any more."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also groups that other recipes need.")] = False,
 ) -> None:
     """What no manifest covers, and (if asked for) groups that the recipe does not need. Lists it; removes it on demand."""
     place = maintain.open_target(target)
-    found = maintain.garbage(place, superseded=superseded, finished=finished)
+    found = maintain.garbage(place, superseded=superseded, finished=finished, forgotten=forget, force=force)
     maintain.show_garbage(found)
     if delete:
-        maintain.delete(place, found)
-    elif found:
+        maintain.delete(place, found, forgotten=forget, force=force)
+    elif found or forget:
         say("nothing was removed; --delete does")
 
 
@@ -193,8 +198,8 @@ def demo(
     demonstration.run(work_dir)
 
 
-for command in (looking.status,):
-    app.command()(command)
+app.command()(looking.status)
+app.command("ls")(looking.list_cache)
 
 
 def main() -> None:

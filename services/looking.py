@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from services import maintain
+from services import maintain, registry
 from services import status as state
 
 CacheOrRecipe = Annotated[
@@ -30,3 +30,12 @@ def status(
         state.watch(place, watch)
     else:
         state.show(state.status(place))
+
+
+def list_cache(target: CacheOrRecipe, as_json: AsJson = False) -> None:
+    """What a cache holds: teachers, rows, bytes, precision, fidelity, when it was written, and which recipes need it."""
+    found = registry.entries(maintain.open_target(target).storage)
+    if as_json:
+        typer.echo(json.dumps([asdict(entry) for entry in found], indent=1))
+    else:
+        registry.show(found)

@@ -23,7 +23,7 @@ from services.actor import ActorJob, TeacherActor
 from services.journal import Journal
 from services.pool import Pool, SetAside
 from services.present import Progress, complain, duration, say, size
-from services.records import keep_recipe, record_fill
+from services.records import keep_recipe, record_fill, record_use
 from trainer import Failure, OrderRows, Recipe, head_file, read_annotations, teacher_info
 
 # the manifest's parts are folded when so many are new, and a quarter of those folded before: work stays linear in units
@@ -82,6 +82,7 @@ def fill(recipe: Recipe, teacher: str, *, force: bool = False, rows: OrderRows |
     storage = open_storage(recipe.cache.uri)
     if rows is None:  # else it is the order's recipe, in which the student is among the teachers
         keep_recipe(recipe)
+        record_use(recipe, info)
     with Lease(storage, info.name) as lease:
         compact(storage, info)
         plan = _plan(recipe, storage, info, rows)

@@ -134,7 +134,7 @@ def group_status(storage: Storage, info: GroupInfo, planned: int | None = None) 
     running = alive and (current is None or current.state == "running")
     rows, damage = _rows(storage, info, current if running else None)
     if planned is None:
-        planned = progress.planned if progress is not None else planned_rows(storage)
+        planned = progress.planned if progress is not None else planned_rows(storage, info)
     last = current or (None if running else progress)
     return GroupStatus(
         teacher=info.teacher,

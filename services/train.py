@@ -10,8 +10,8 @@ from ray.train.torch import TorchTrainer
 from cache import MtpdError
 from services import cluster
 from services.present import duration, say
-from services.records import keep_recipe
-from trainer import Recipe, StageResult, TargetSource, open_stage, stage_dir, train_stage
+from services.records import keep_recipe, record_use
+from trainer import Recipe, StageResult, TargetSource, open_stage, stage_dir, teacher_info, train_stage
 
 
 def train(
@@ -40,6 +40,9 @@ def _train_stage(recipe: Recipe, stage: int, targets: TargetSource, quiet: bool)
         say(f"{name}: done before, {ap(done.metrics)}")
         return done
     say(f"{name}: training; log in {stage_dir(recipe, stage)}")
+    cached = [teacher_info(recipe, teacher) for teacher in spec.teachers] if targets == "cache" else []
+    for info in cached:
+        record_use(recipe, info)
     cluster.connect(quiet=quiet)
     workers = recipe.training.workers
     cpus = cluster.share(recipe.training.cpus, "CPU", workers)
@@ -66,6 +69,8 @@ def _train_stage(recipe: Recipe, stage: int, targets: TargetSource, quiet: bool)
             f"{stage_dir(recipe, stage)}: the worker finished, but its result is not there. work_dir must lie on storage that "
             "every node sees."
         )
+    for info in cached:  # that it is done with
+        record_use(recipe, info)
     say(f"{name}: {ap(result.metrics)} after {duration(result.seconds)}")
     return result
 
