@@ -37,6 +37,7 @@ from cache.plan import Bucket, Images, Plan, Row, Unit, make_plan
 from cache.progress import NAMED_FAILURES, FailedRow, RunProgress, State, read_progress, write_progress
 from cache.reader import TeacherCache, find_group, list_groups, planned_rows, planned_views, read_group
 from cache.references import Reference, Use, forget, needed_by, refer, reference_name, references
+from cache.repeats import repeated_requests
 from cache.storage import LocalStorage, Storage, open_storage
 from cache.targets import DenseLevel, RowLayout, Targets
 from cache.verify import Damage, Report, repair, verify
@@ -124,6 +125,7 @@ __all__ = [
     "references",
     "remove",
     "repair",
+    "repeated_requests",
     "resized",
     "serves",
     "verify",

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +11,12 @@ import typer
 
 from cache import CorruptShardError, MtpdError, Plan, Policy, RecipeError, SampledPolicy, open_storage
 from services import demo as demonstration
-from services import looking, maintain
+from services import logs, looking, maintain
 from services.order import decided, decided_if_known, find_order, show_order
 from services.precompute import fill, plan_teacher, refuse_too_large, show_fill, used_teachers
 from services.present import complain, duration, say, size, table
 from services.report import write_report
+from services.trace import Trace
 from services.train import ap, train
 from trainer import Recipe, StageResult, TargetSource, load_recipe, stage_config
 
@@ -57,10 +58,18 @@ def plan(
 
 
 @app.command()
-def precompute(recipe: RecipeFile, teacher: TeacherName = None, force: Force = False) -> None:
+def precompute(
+    recipe: RecipeFile,
+    teacher: TeacherName = None,
+    force: Force = False,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="Write when the actors did what, as a Chrome trace.")
+    ] = None,
+) -> None:
     """Fill the cache on the Ray cluster (a local one if there is none). Resumes by itself."""
     content = decided(load_recipe(recipe))
-    results = [fill(content, name, force=force) for name in _teachers(content, teacher)]
+    with nullcontext() if trace is None else Trace(trace) as traced:
+        results = [fill(content, name, force=force, trace=traced) for name in _teachers(content, teacher)]
     for result in results:
         show_fill(result)
     if any(result.failures for result in results):
@@ -204,6 +213,7 @@ app.command("ls")(looking.list_cache)
 
 def main() -> None:
     """Entry point: errors that the user can mend end in one message, without a traceback."""
+    logs.set_up(logs.style())
     try:
         app()
     except MtpdError as error:

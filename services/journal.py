@@ -23,6 +23,7 @@ from cache import (
     Storage,
     write_progress,
 )
+from services.metrics import COMMITTED_ROWS, FAILED_ROWS, PLANNED_ROWS, RETRIED_UNITS, publish
 from trainer import Failure
 
 # object storage takes one PUT in each; a local file costs nothing
@@ -67,11 +68,16 @@ class Journal:
     def update(self, begun: float | None, retried: int) -> None:
         """When the first unit was handed out (``time.monotonic``), and how many units went back to the queue."""
         self._begun = None if begun is None else begun + self._offset
+        publish(RETRIED_UNITS, retried - self._retried, teacher=self._plan.info.teacher)
         self._retried = retried
 
     def count(self, rows: int, written_bytes: int, failures: Sequence[Failure]) -> None:
         """Take in what became of a unit."""
         self._rows += rows
+        teacher = self._plan.info.teacher
+        publish(FAILED_ROWS, len(failures), teacher=teacher)
+        publish(PLANNED_ROWS, self._plan.total, teacher=teacher)
+        publish(COMMITTED_ROWS, self._plan.total - self._plan.todo + self._rows, teacher=teacher)
         self._bytes += written_bytes
         self._failed += len(failures)
         room = NAMED_FAILURES - len(self._failures)

@@ -18,12 +18,13 @@ from cache import (
     prepare,
     write_head,
 )
-from services import cluster
+from services import cluster, logs
 from services.actor import ActorJob, TeacherActor
 from services.journal import Journal
 from services.pool import Pool, SetAside
 from services.present import Progress, complain, duration, say, size
 from services.records import keep_recipe, record_fill, record_use
+from services.trace import Trace
 from trainer import Failure, OrderRows, Recipe, head_file, read_annotations, teacher_info
 
 # the manifest's parts are folded when so many are new, and a quarter of those folded before: work stays linear in units
@@ -64,12 +65,15 @@ def plan_teacher(recipe: Recipe, teacher: str) -> Plan:
     return _plan(recipe, open_storage(recipe.cache.uri), teacher_info(recipe, teacher))
 
 
-def fill(recipe: Recipe, teacher: str, *, force: bool = False, rows: OrderRows | None = None) -> FillResult:
+def fill(
+    recipe: Recipe, teacher: str, *, force: bool = False, rows: OrderRows | None = None, trace: Trace | None = None
+) -> FillResult:
     """Compute and commit every row of one teacher that is not committed yet.
 
     Args:
         force: begin even if the plan does not fit the disk.
         rows: only these; a later call for all goes on from them.
+        trace: takes in what the actors did when.
 
     Raises:
         LeaseHeldError: another run writes this teacher's targets.
@@ -95,7 +99,7 @@ def fill(recipe: Recipe, teacher: str, *, force: bool = False, rows: OrderRows |
         if plan.todo == 0:
             say(f"teacher {teacher}: all {plan.total:,} rows are in the cache")
             return FillResult(teacher, info.name, plan.total, 0, (), 0, plan.stored_bytes, 0.0, 0.0)
-        result = _run(recipe, storage, plan, lease, started)
+        result = _run(recipe, storage, plan, lease, started, trace)
         lease.check()
         compact(storage, info)
     return result
@@ -113,11 +117,10 @@ def _plan(recipe: Recipe, storage: Storage, info: GroupInfo, rows: OrderRows | N
     )
 
 
-def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: float) -> FillResult:
+def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: float, trace: Trace | None) -> FillResult:
     teacher = plan.info.teacher
-    job = ActorJob(
-        recipe.cache.uri, lease.run, plan.info, recipe.teachers[teacher], recipe.policy, recipe.dataset.train
-    )
+    spec, split = recipe.teachers[teacher], recipe.dataset.train
+    job = ActorJob(recipe.cache.uri, lease.run, plan.info, spec, recipe.policy, split, logs.style(), trace is not None)
     cluster.connect()
     actors = min(recipe.actors.max, plan.todo_units)
     cpus, gpus = (cluster.share(getattr(recipe.actors, f"{r.lower()}s"), r, actors) for r in ("CPU", "GPU"))
@@ -139,7 +142,10 @@ def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: fl
                     failures += lost
                     progress.advance(0, len(lost))
                     journal.count(0, 0, lost)
+                    logs.event("unit set aside", teacher=teacher, unit=outcome.unit.name, reason=outcome.reason)
                     continue
+                if trace is not None:
+                    trace.add(outcome)
                 failures += outcome.failures
                 computed += outcome.rows
                 written += outcome.written_bytes

@@ -1,6 +1,8 @@
 """Stages under Ray Train: each worker runs an mmengine Runner that reads the cache directly."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -8,10 +10,11 @@ from ray.train import RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from cache import MtpdError
-from services import cluster
+from services import cluster, logs
+from services.metrics import publish_pulse
 from services.present import duration, say
 from services.records import keep_recipe, record_use
-from trainer import Recipe, StageResult, TargetSource, open_stage, stage_dir, teacher_info, train_stage
+from trainer import Pulse, Recipe, StageResult, TargetSource, open_stage, stage_dir, teacher_info, train_stage
 
 
 def train(
@@ -49,7 +52,7 @@ def _train_stage(recipe: Recipe, stage: int, targets: TargetSource, quiet: bool)
     gpus = cluster.share(recipe.training.gpus, "GPU", workers)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"recipe": recipe, "stage": stage, "targets": targets},
+        train_loop_config={"recipe": recipe, "stage": stage, "targets": targets, "log": logs.style()},
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         ),
@@ -83,6 +86,13 @@ def ap(metrics: dict[str, float]) -> str:
 
 def _work(config: dict[str, Any]) -> None:
     """One training worker. Ray Train has initialised the process group."""
+    logs.set_up(config["log"])
+    name = f"{Path(config['recipe'].work_dir).name}/stage-{config['stage']}"
+
+    def listen(pulse: Pulse) -> None:
+        publish_pulse(pulse, name)
+        logs.event("training", stage=name, **asdict(pulse))
+
     world = ray.train.get_context().get_world_size()
     train_stage(
         config["recipe"],
@@ -90,4 +100,5 @@ def _work(config: dict[str, Any]) -> None:
         config["targets"],
         launcher="pytorch" if world > 1 else "none",
         report=lambda metrics: ray.train.report(metrics),
+        listen=listen,
     )
