@@ -32,7 +32,7 @@ from cache.layout import (
     serves,
 )
 from cache.lease import LEASE_SECONDS, Holder, Lease, fence, lease_holder
-from cache.manifest import Index, compact, load_index, part_names
+from cache.manifest import Index, RowRecord, compact, load_index, part_names, records_of
 from cache.plan import Bucket, Images, Plan, Row, Unit, make_plan
 from cache.progress import NAMED_FAILURES, FailedRow, RunProgress, State, read_progress, write_progress
 from cache.reader import TeacherCache, find_group, list_groups, planned_rows, planned_views, read_group
@@ -78,6 +78,7 @@ __all__ = [
     "Report",
     "Row",
     "RowLayout",
+    "RowRecord",
     "RowTargets",
     "RunProgress",
     "SampledPolicy",
@@ -120,6 +121,7 @@ __all__ = [
     "read_group",
     "read_head",
     "read_progress",
+    "records_of",
     "refer",
     "reference_name",
     "references",

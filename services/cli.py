@@ -209,6 +209,7 @@ def demo(
 
 app.command()(looking.status)
 app.command("ls")(looking.list_cache)
+app.command()(looking.inspect)
 
 
 def main() -> None:

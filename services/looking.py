@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from services import maintain, registry
+from services import inspection, maintain, registry
 from services import status as state
 
 CacheOrRecipe = Annotated[
@@ -39,3 +40,15 @@ def list_cache(target: CacheOrRecipe, as_json: AsJson = False) -> None:
         typer.echo(json.dumps([asdict(entry) for entry in found], indent=1))
     else:
         registry.show(found)
+
+
+def inspect(
+    target: CacheOrRecipe,
+    image: Annotated[int | None, typer.Option("--image", metavar="ID", help="Every row of this image.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="Only this teacher.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PNG", help="Draw the rows of the image, or of the first.")
+    ] = None,
+) -> None:
+    """What is in a cache, in words and pictures: shapes, scales, fidelity, detections; with a recipe the images too."""
+    inspection.inspect(maintain.open_target(target), image, teacher, out)

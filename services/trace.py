@@ -66,7 +66,7 @@ class Trace:
         for use in device_use(self._records):
             say(
                 f"trace: {use.actor}: device busy {use.share:.1%} of {duration(use.window)}, longest wait "
-                f"{duration(max(use.gaps, default=0.0))}"
+                f"{1000 * max(use.gaps, default=0.0):.1f} ms"
             )
         say(f"trace: {self.file} (open it at https://ui.perfetto.dev or in chrome://tracing)")
 

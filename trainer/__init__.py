@@ -33,6 +33,7 @@ from trainer.order import (
     with_candidates,
 )
 from trainer.pictures import LEAST_SCORE, Energy, Picture, Pictures, SeenObject, Sight, take_pictures
+from trainer.portrait import draw_row, view_pixels
 from trainer.pulse import Pulse, read_pulse
 from trainer.recipe import Recipe, load_recipe, parse_recipe
 from trainer.sample import Agreement, SampleReport, compare_sample
@@ -88,6 +89,7 @@ __all__ = [
     "choose_rows",
     "compare_sample",
     "describe",
+    "draw_row",
     "epoch_order",
     "evaluate_teacher",
     "evaluation_loader",
@@ -108,6 +110,7 @@ __all__ = [
     "take_pictures",
     "teacher_info",
     "train_stage",
+    "view_pixels",
     "wanted_record",
     "with_candidates",
 ]
