@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,13 @@ class PulseHook(Hook):
         self._last = time.monotonic()
         self._begin_anew()
 
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Count the rows of a batch by where they come from; the model takes them out of it."""
+        batches = data_batch.get("teacher_maps", {}) if isinstance(data_batch, Mapping) else {}
+        for maps in (maps for of_teacher in batches.values() for maps in of_teacher):
+            self._kept += maps.kept is True
+            self._fetched += maps.kept is False
+
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Mapping[str, Any] | None = None
     ) -> None:
@@ -72,9 +79,6 @@ class PulseHook(Hook):
         self._data_seconds += _current(scalars, "train/data_time")
         samples = data_batch["data_samples"] if isinstance(data_batch, Mapping) else ()
         self._images += len(samples)
-        for kept in (maps.kept for sample in samples for maps in _cached(sample)):
-            self._kept += kept is True
-            self._fetched += kept is False
         if time.monotonic() - self._last >= self._period or runner.iter + 1 == runner.max_iters:
             self._beat(runner)
 
@@ -121,10 +125,3 @@ def read_pulse(folder: Path) -> Pulse | None:
 
 def _current(scalars: Mapping[str, Any], name: str) -> float:
     return float(scalars[name].current()) if name in scalars else 0.0
-
-
-def _cached(sample: Any) -> Iterator[Any]:
-    """A sample's targets that were read from a cache."""
-    for maps in getattr(sample, "teacher_maps", {}).values():
-        if hasattr(maps, "kept"):
-            yield maps
