@@ -4,6 +4,7 @@ Runs on whatever device the maps are on, so that only the small stored numbers l
 on every device: int4's clipping is chosen among candidates by counting, which no device rounds differently.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cache.int8 import encode_int8
 from cache.layout import Precision
 
 _INT8_MAX = 127
@@ -67,14 +69,17 @@ def encode(maps: Tensor, precision: Precision) -> Encoded:
     else:
         values = torch.empty(count, columns, dtype=getattr(torch, _STORED[precision]), device=maps.device)
     scales, signal, noise = torch.empty(3, count, device=maps.device)
-    # a CPU makes several passes over each value: in blocks that stay in its cache, and in the same memory for all of them,
-    # they cost a third
-    block = max(1, _CPU_BLOCK // length) if maps.device.type == "cpu" else count
-    scratch = torch.empty(2, min(block, count), length, device=maps.device)
-    parts = zip(*(torch.split(whole, block) for whole in (rows, values, scales, signal, noise)), strict=True)
-    for own, own_values, own_scales, own_signal, own_noise in parts:
-        numbers, nearest = scratch[:, : len(own)]
-        _encode_rows(own.float(), precision, own_values, own_scales, own_signal, own_noise, numbers, nearest)
+    if precision == "int8" and maps.device.type == "cpu":
+        _encode_int8(rows.float().contiguous(), values, scales, signal, noise)
+    else:
+        # a CPU makes several passes over each value: in blocks that stay in its cache, and in the same memory for all of
+        # them, they cost a third
+        block = max(1, _CPU_BLOCK // length) if maps.device.type == "cpu" else count
+        scratch = torch.empty(2, min(block, count), length, device=maps.device)
+        parts = zip(*(torch.split(whole, block) for whole in (rows, values, scales, signal, noise)), strict=True)
+        for own, own_values, own_scales, own_signal, own_noise in parts:
+            numbers, nearest = scratch[:, : len(own)]
+            _encode_rows(own.float(), precision, own_values, own_scales, own_signal, own_noise, numbers, nearest)
     scales.masked_fill_(signal == 0, 0)
     signal, noise = ((norms.double() * scales).square().view(images, channels).sum(dim=1) for norms in (signal, noise))
     snr = torch.where(noise > 0, 10 * torch.log10(signal / noise), torch.full_like(noise, torch.inf))
@@ -85,6 +90,18 @@ def encode(maps: Tensor, precision: Precision) -> Encoded:
         snr.float().cpu(),
         (torch.isfinite(signal) & torch.isfinite(noise)).cpu(),
     )
+
+
+def _encode_int8(rows: Tensor, values: Tensor, scales: Tensor, signal: Tensor, noise: Tensor) -> None:
+    """As `_encode_rows` for int8 on a CPU, on as many threads as torch has."""
+    arrays = [tensor.numpy() for tensor in (rows, values, scales, signal, noise)]
+    parts = min(torch.get_num_threads(), -(-rows.numel() // _CPU_BLOCK), len(rows))
+    if parts < 2:
+        encode_int8(arrays[0], _SMALLEST, *arrays[1:])
+        return
+    with ThreadPoolExecutor(parts, thread_name_prefix="int8") as threads:
+        split = zip(*(np.array_split(array, parts) for array in arrays), strict=True)
+        list(threads.map(lambda own: encode_int8(own[0], _SMALLEST, *own[1:]), split))
 
 
 def _encode_rows(

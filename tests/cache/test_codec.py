@@ -24,6 +24,25 @@ def test_int8_is_off_by_at_most_half_a_step(seed: int, magnitude: float) -> None
     assert (error <= step * 0.5001 + 1e-12).all()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (50, 84)])
+def test_int8_of_a_cpu_is_that_of_every_other_device(size: tuple[int, int]) -> None:
+    # the compiled pass of a CPU against torch's operators, which a GPU runs; halves must be rounded alike
+    generator = torch.Generator().manual_seed(1)
+    original = torch.randn(2, 64, *size, generator=generator) * torch.rand(2, 64, 1, 1, generator=generator) * 10
+    original[0, 0] = 0
+    peaks = original.abs().amax(dim=(2, 3), keepdim=True).clamp(min=1e-30)
+    steps = peaks / 127
+    expected = torch.round(original * steps.reciprocal()).to(torch.int8)
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        stored = encode(original, "int8")
+        torch.set_num_threads(before)
+        assert torch.equal(stored.values, expected)
+        assert stored.scales is not None
+        assert torch.equal(stored.scales, torch.where(original.abs().amax(dim=(2, 3)) > 0, steps[..., 0, 0], 0))
+
+
 def test_the_recorded_error_is_the_real_one() -> None:
     original = maps(3)
     for precision in ("int8", "int4", "float16"):
