@@ -80,13 +80,14 @@ def measure_job(recipe: Recipe, plans: Sequence[Plan], rounds: int = 3) -> Job:
         val_images=_images(recipe.dataset.val, "val"),
         student=at[1],
         teacher=at[0],
-        plain=measured.stages[0].plain,
         evaluate=measured.evaluate,
         start=process + measured.start,
         actor_start=process,
         teachers={plan.info.teacher: _teacher_cost(plan, timed[plan.info.teacher]) for plan in plans},
         stages=tuple(
-            StageCost(spec.teachers, spec.epochs, of.evaluations, of.cached, of.online, of.read, of.read_bytes)
+            StageCost(
+                spec.teachers, spec.epochs, of.evaluations, of.plain, of.cached, of.online, of.read, of.read_bytes
+            )
             for spec, of in zip(recipe.stages, measured.stages, strict=True)
         ),
         workers=workers,

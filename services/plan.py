@@ -43,7 +43,7 @@ def cost_record(job: Job) -> dict[str, Any]:
     stages = [
         {
             "teachers": list(stage.teachers),
-            "cached_of_plain_step": stage.cached.seconds / job.plain.seconds,
+            "cached_of_plain_step": stage.cached.seconds / stage.plain.seconds,
             "read_bytes_per_second": read_rate(job, stage),
             "caching_pays_from_epochs": break_even_epochs(job, stage),
         }
@@ -156,15 +156,16 @@ def _views(policy: Policy) -> str:
 
 def _show_cost(job: Job) -> None:
     where = f"students on {_place(job.student)}, teachers on {_place(job.teacher)}"
-    parts = [["student's step, an image", "plain", _ms(job.plain.seconds), ""]]
+    parts: list[list[object]] = []
     for number, stage in enumerate(job.stages, 1):
-        for way, step in (("cached", stage.cached), ("online", stage.online)) if stage.teachers else ():
-            ratio = f"{step.seconds / job.plain.seconds:.2f}"
-            parts.append([f"stage {number}: {' + '.join(stage.teachers)}", way, _ms(step.seconds), ratio])
+        steps = {"plain": stage.plain, "cached": stage.cached, "online": stage.online}
+        for way in steps if stage.teachers else ["plain"]:
+            seconds, ratio = steps[way].seconds, steps[way].seconds / stage.plain.seconds
+            parts.append([f"stage {number}: step, an image", way, _ms(seconds), f"{ratio:.2f}"])
     for name, of in job.teachers.items():
         for part in ("decode", "compute", "write"):
             seconds = getattr(of, part)
-            parts.append([f"teacher {name}, a row", part, _ms(seconds), f"{seconds / job.plain.seconds:.2f}"])
+            parts.append([f"teacher {name}: a row", part, _ms(seconds), f"{seconds / job.stages[0].plain.seconds:.2f}"])
     table(f"measured: {where}", ["", "", "ms", "of the plain step"], parts)
     rows = []
     for students in _STUDENTS:
@@ -176,14 +177,13 @@ def _show_cost(job: Job) -> None:
                 [f"{students}, {way}", f"{duration(of_all.seconds)}{mark}", forwards, written, size(of_all.read_bytes)]
             )
     table("predicted, by students", ["students", "wall time", "teacher forwards", "written", "read"], rows)
-    stages = [stage for stage in job.stages if stage.teachers]
     spent = {way: spend(job, way) for way in WAYS}
     rows = []
     for number, stage in enumerate(job.stages):
         times = [duration(spent[way][number].seconds) for way in WAYS]
         epochs = break_even_epochs(job, stage)
         pays = "" if not stage.teachers else "never" if epochs is None else f"{epochs} epochs"
-        rate = f"{size(read_rate(job, stage))}/s" if stage in stages else ""
+        rate = f"{size(read_rate(job, stage))}/s" if stage.teachers else ""
         rows.append([f"{number + 1}: {' + '.join(stage.teachers) or 'no teacher'}", stage.epochs, *times, pays, rate])
     columns = ["stage", "epochs", *WAYS, "cached beats online from", "training reads"]
     table("predicted, by stage, one student", columns, rows)

@@ -4,8 +4,9 @@
 on. ``hybrid``: a row is computed when a student first asks for it, stored, and read from then on.
 
 A student meets every image once an epoch, in one of V views at random. Of an image's rows V (1 - q^n), q = 1 - 1/V, are
-expected to be asked for in n epochs, whoever trains them: so hybrid saves the forwards of rows that nobody asks for, and its
-student waits for those that are missing. Nothing runs beside something else here but what `Place.overlapped` says.
+expected to be asked for in n epochs of students with seeds of their own (a later stage of the same student asks for the same
+again): so hybrid saves the forwards of rows that nobody asks for, and its student waits for those that are missing. Nothing
+runs beside something else here but what `Place.overlapped` says.
 """
 
 import math
@@ -92,13 +93,15 @@ class StageCost:
 
     Attributes:
         evaluations: on the val set.
-        cached, online: its steps with targets from the cache, and with the teachers beside the student.
+        plain, cached, online: a step of the student without any teacher, with targets from the cache, and with the teachers
+            beside it; the same batches.
         read: seconds to read the targets of one image, a part of ``cached.load``. ``read_bytes``: their bytes.
     """
 
     teachers: tuple[str, ...]
     epochs: int
     evaluations: int
+    plain: Step
     cached: Step
     online: Step
     read: float = 0.0
@@ -112,7 +115,6 @@ class Job:
     Attributes:
         images: that the student trains on in an epoch; it may leave out images without objects.
         views: of each image.
-        plain: a step of the student without any teacher.
         start: of a stage: its process, data set and models.
         evaluate: a val image; ``val_images`` of them in an evaluation.
         workers, loaders: data-parallel workers, and loading processes of each (0: the worker itself).
@@ -125,7 +127,6 @@ class Job:
     val_images: int
     student: Place
     teacher: Place
-    plain: Step
     evaluate: Step
     start: float
     actor_start: float
@@ -182,7 +183,7 @@ def spend(job: Job, way: Way, students: int = 1) -> tuple[Spending, ...]:
     A teacher's rows are paid for by the first stage that names it; those that are committed are not paid for.
     """
     paid: set[str] = set()
-    epochs_before: Counter[str] = Counter()
+    epochs: Counter[str] = Counter()  # of each student, with other draws in each
     spent = []
     for stage in job.stages:
         looks = students * stage.epochs * job.images
@@ -198,12 +199,13 @@ def spend(job: Job, way: Way, students: int = 1) -> tuple[Spending, ...]:
                 forwards += of.todo
                 written += of.todo * of.row_bytes
             elif way == "hybrid":
-                missed = _missed(job, of, epochs_before[name], students * stage.epochs)
+                longest = max(epochs[name], stage.epochs)
+                missed = _missed(job, of, students * epochs[name], students * longest)
+                epochs[name] = longest
                 training += of.start * (missed > 0) + missed * (of.decode + of.compute + of.write)
                 forwards += missed
                 written += missed * of.row_bytes
             paid.add(name)
-            epochs_before[name] += students * stage.epochs
         read = 0.0 if way == "online" else looks * stage.read_bytes
         spent.append(Spending(precompute, training, forwards, written, read))
     return tuple(spent)
@@ -244,11 +246,10 @@ def break_even_students(job: Job) -> int | None:
     return _first_above(sum(map(job.precompute, names)), saved)
 
 
-def _missed(job: Job, of: TeacherCost, epochs_before: int, epochs: int) -> float:
-    """Rows that are expected to be computed in so many epochs, of those that were missing before the first."""
+def _missed(job: Job, of: TeacherCost, before: int, after: int) -> float:
+    """Rows that are expected to be computed between so many epochs and so many, of those that were missing at the beginning."""
     other = 1 - 1 / job.views
-    never = other**epochs_before - other ** (epochs_before + epochs)
-    return job.images * job.views * never * of.todo / max(1, of.rows)
+    return job.images * job.views * (other**before - other**after) * of.todo / max(1, of.rows)
 
 
 def _first_above(cost: float, gain: float) -> int | None:
