@@ -31,10 +31,13 @@ from cache.layout import (
     level_name,
     serves,
 )
-from cache.lease import Lease, fence
-from cache.manifest import Index, compact, load_index, part_names
+from cache.lease import LEASE_SECONDS, Holder, Lease, fence, lease_holder
+from cache.manifest import Index, RowRecord, compact, load_index, part_names, records_of
 from cache.plan import Bucket, Images, Plan, Row, Unit, make_plan
-from cache.reader import TeacherCache, find_group, list_groups, read_group
+from cache.progress import NAMED_FAILURES, FailedRow, RunProgress, State, read_progress, write_progress
+from cache.reader import TeacherCache, find_group, list_groups, planned_rows, planned_views, read_group
+from cache.references import Reference, Use, forget, needed_by, refer, reference_name, references
+from cache.repeats import repeated_requests
 from cache.storage import LocalStorage, Storage, open_storage
 from cache.targets import DenseLevel, RowLayout, Targets
 from cache.verify import Damage, Report, repair, verify
@@ -43,6 +46,8 @@ from cache.writer import DenseArrays, RowTargets, prepare, write_unit
 
 __all__ = [
     "FORMAT_VERSION",
+    "LEASE_SECONDS",
+    "NAMED_FAILURES",
     "Bucket",
     "BudgetError",
     "Compression",
@@ -53,8 +58,10 @@ __all__ = [
     "DenseSpec",
     "Detections",
     "Encoded",
+    "FailedRow",
     "Garbage",
     "GroupInfo",
+    "Holder",
     "Images",
     "Index",
     "Lease",
@@ -67,18 +74,23 @@ __all__ = [
     "Policy",
     "Precision",
     "RecipeError",
+    "Reference",
     "Report",
     "Row",
     "RowLayout",
+    "RowRecord",
     "RowTargets",
+    "RunProgress",
     "SampledPolicy",
     "StaleCacheError",
+    "State",
     "Storage",
     "StorageError",
     "Targets",
     "TeacherCache",
     "TeacherLoadError",
     "Unit",
+    "Use",
     "View",
     "ViewPolicy",
     "compact",
@@ -89,26 +101,38 @@ __all__ = [
     "find_garbage",
     "find_group",
     "fingerprint",
+    "forget",
     "group_name",
     "head_digest",
+    "lease_holder",
     "level_name",
     "list_groups",
     "load_index",
     "make_plan",
+    "needed_by",
     "open_storage",
     "pack_head",
     "padded",
     "part_names",
+    "planned_rows",
+    "planned_views",
     "pool",
     "prepare",
     "read_group",
     "read_head",
+    "read_progress",
+    "records_of",
+    "refer",
+    "reference_name",
+    "references",
     "remove",
     "repair",
+    "repeated_requests",
     "resized",
     "serves",
     "verify",
     "whole_group",
     "write_head",
+    "write_progress",
     "write_unit",
 ]

@@ -16,6 +16,7 @@ READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.parquet"
 MANIFEST_COPY = "manifest.copy.parquet"
 LEASE = "lease.json"
+PROGRESS = "progress.json"
 HEAD = "head.safetensors"
 Precision = Literal["float16", "int8", "int4"]
 Compression = Literal["none", "zstd"]

@@ -144,6 +144,43 @@ class Lease:
         )
 
 
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a group's lease, as the lease says it. Times are seconds since the epoch, by the holder's clock.
+
+    Attributes:
+        run: what names the run.
+        gone: the holder is known to have died: a process of this machine that no longer runs.
+    """
+
+    run: str
+    host: str
+    pid: int
+    since: float
+    renewed: float
+    gone: bool
+
+
+def lease_holder(storage: Storage, group: str) -> Holder | None:
+    """Who holds a group's lease, alive or dead; None if nobody does, or if the lease cannot be read."""
+    try:
+        content = storage.read(f"{group}/{LEASE}")
+    except FileNotFoundError:
+        return None
+    found = _parse(content) or {}
+    try:
+        return Holder(
+            str(found["run"]),
+            str(found["host"]),
+            int(found["pid"]),
+            float(found["since"]),
+            float(found["renewed"]),
+            _is_dead(content),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def is_held(storage: Storage, group: str) -> bool:
     """Whether a run holds a group's lease, as far as can be told at once: one of another machine may have died."""
     try:

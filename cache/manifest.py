@@ -72,6 +72,42 @@ def read_table(storage: Storage, info: GroupInfo, columns: Sequence[str] | None 
     return pa.concat_tables(read_tables(storage, info, wanted)).unify_dictionaries()
 
 
+@dataclass(frozen=True)
+class RowRecord:
+    """What the manifest says of one row.
+
+    Attributes:
+        bucket, row: its place.
+        height, width: of the view in pixels, without padding.
+        image_crc32c: checksum of the image file (and of those that a sampled view mixes in) when the row was computed.
+        snr: per level, dB.
+    """
+
+    image_id: int
+    view: int
+    bucket: str
+    row: int
+    height: int
+    width: int
+    image_crc32c: int
+    snr: dict[str, float]
+
+
+def records_of(storage: Storage, info: GroupInfo, image_id: int) -> list[RowRecord]:
+    """What the manifest says of an image's rows, by view.
+
+    Raises:
+        CorruptShardError: the manifest is damaged.
+    """
+    found: dict[int, RowRecord] = {}
+    for table in read_tables(storage, info, schema(info).names):
+        for one in table.filter(pc.equal(table["image_id"], image_id)).to_pylist():
+            snr = {level.name: float(one[f"snr_{level.name}"]) for level in info.levels}
+            names = ("image_id", "view", "bucket", "row", "height", "width", "image_crc32c")
+            found[one["view"]] = RowRecord(**{name: one[name] for name in names}, snr=snr)
+    return [found[view] for view in sorted(found)]
+
+
 def read_tables(storage: Storage, info: GroupInfo, columns: Sequence[str]) -> Iterator[pa.Table]:
     """`read_table` in pieces, for manifests of many millions of rows."""
     yield empty(info, columns)

@@ -28,6 +28,7 @@ from obstore.exceptions import (
 from obstore.store import ObjectStore, from_url
 
 from cache.errors import MtpdError, RecipeError, StorageError
+from cache.repeats import count_repeat
 from cache.storage import Entry
 
 # each with what the names of its variables in the environment begin with
@@ -228,6 +229,7 @@ class ObjectStorage:
                         f"({_brief(error)}). What was committed stays; check the network and the service, then run the same "
                         "command again."
                     ) from None
+                count_repeat()
                 time.sleep(pause * random.uniform(0.5, 1.5))
                 pause *= 2
         raise AssertionError("unreachable")

@@ -20,6 +20,7 @@ from cache.mapped import MappedRows
 from cache.shard import Bytes, DamagedBytesError
 from cache.storage import LocalStorage, Storage, open_storage
 from cache.targets import RowLayout, Targets
+from cache.views import Policy, SampledPolicy, ViewPolicy
 
 _MAX_PARTS = 64
 _LOCAL_BYTES = 64 * 2**30
@@ -36,6 +37,7 @@ class TeacherCache:
     Attributes:
         info: the attributes of the teacher's group.
         levels: per level its channels and stride, ``{"P3": (256, 8), ...}``.
+        last_kept: whether the row that was read last was on the local disk; None where no rows are kept there.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class TeacherCache:
             if levels is None or level.name in levels
         }
         self._storage, self._verify, self._kept = storage, verify, kept
+        self.last_kept: bool | None = None
         self._open()
 
     @classmethod
@@ -180,6 +183,7 @@ class TeacherCache:
         if self._kept is not None and label is not None:
             name = f"{self._kept_as}/{bucket}/{location.row}"
             buffer = self._kept.get(name, label, layout.nbytes)
+            self.last_kept = buffer is not None
             if buffer is not None:
                 return layout.rows(buffer)
         try:
@@ -279,3 +283,26 @@ def read_group(storage: Storage, name: str) -> GroupInfo | None:
             f"{storage.where(name)}: holds the group {info.name}; it is not where it belongs. Give the folder its name back."
         )
     return info
+
+
+def planned_views(storage: Storage, info: GroupInfo) -> int | None:
+    """Views of each image in a group, as its fingerprint's record says, or else the cache's root; None where neither does."""
+    root = read_document(storage, "zarr.json") or {}
+    for attributes in (info.record, root.get("attributes", {})):
+        try:
+            record = attributes["views"]
+            policy: Policy = SampledPolicy.from_json(record) if "sampled" in record else ViewPolicy.from_json(record)
+            return len(policy)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue
+    return None
+
+
+def planned_rows(storage: Storage, info: GroupInfo) -> int | None:
+    """Rows of a group when it is whole, by the images that the cache's root counts; None where it does not."""
+    try:
+        images = int((read_document(storage, "zarr.json") or {})["attributes"]["dataset"]["images"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    views = planned_views(storage, info)
+    return None if views is None else images * views

@@ -1,22 +1,30 @@
 """The thin Ray actor around `trainer.UnitComputer` and `cache.write_unit`."""
 
+import logging
 import os
 import socket
 import threading
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import ray
 import torch
 
 from cache import GroupInfo, Policy, RowTargets, Unit, fence, open_storage, write_unit
+from services import logs
+from services.metrics import ActorMeter
 from services.pool import PIPELINE_DEPTH
+from services.spans import Span, Spans
 from trainer import Failure, SplitSpec, Teacher, TeacherSpec, UnitComputer
 
 
 @dataclass(frozen=True)
 class ActorJob:
-    """What an actor must know; a few hundred bytes."""
+    """What an actor must know; a few hundred bytes.
+
+    Attributes:
+        log: how it writes logs, see `services.logs`.
+        traced: its records tell when each unit was where: a few kilobytes each.
+    """
 
     uri: str
     run: str
@@ -24,6 +32,8 @@ class ActorJob:
     spec: TeacherSpec
     policy: Policy
     split: SplitSpec
+    log: str = ""
+    traced: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,8 @@ class UnitRecord:
     Attributes:
         rows: rows committed.
         device_seconds: time the unit held the device.
+        actor: host and process.
+        spans: when the unit was decoded, computed and written; empty if that was not asked for.
     """
 
     unit: str
@@ -40,6 +52,9 @@ class UnitRecord:
     failures: tuple[Failure, ...]
     written_bytes: int
     device_seconds: float
+    teacher: str = ""
+    actor: str = ""
+    spans: tuple[Span, ...] = ()
 
 
 @ray.remote(max_concurrency=PIPELINE_DEPTH)
@@ -50,6 +65,9 @@ class TeacherActor:
         self._job = job
         self._device_lock = threading.Lock()
         self._computer: UnitComputer | None = None
+        self._meter = ActorMeter(job.info.teacher)
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        logs.set_up(job.log)
 
     def load(self) -> str:
         """Load the teacher. Not done on creation, for an error there would arrive as the death of the actor.
@@ -67,19 +85,34 @@ class TeacherActor:
         self._computer = UnitComputer(
             teacher, job.info, job.policy, job.split, job.spec.batch_size, decoders=max(1, int(cpus))
         )
-        return f"{socket.gethostname()}:{os.getpid()}"
+        logs.event("teacher loaded", teacher=job.info.teacher, device=device)
+        return self._name
 
     def run(self, unit: Unit) -> UnitRecord:
         """Decode, compute, write and commit one unit."""
         assert self._computer is not None, "load() comes first"
-        views, unusable = self._computer.decode(unit)
-        with self._device_lock:
-            started = time.monotonic()
-            targets, refused = self._computer.compute(views)
-            seconds = time.monotonic() - started
+        teacher, meter, spans = self._job.info.teacher, self._meter, Spans()
+        with meter.phase(spans, "decode"):
+            views, unusable = self._computer.decode(unit)
+        with meter.phase(spans, "wait"):
+            self._device_lock.acquire()
+        try:
+            with meter.phase(spans, "device"):
+                targets, refused = self._computer.compute(views, spans.add if self._job.traced else None)
+        finally:
+            self._device_lock.release()
         del views
-        written = self._write(unit, targets) if targets else 0
-        return UnitRecord(unit.name, len(targets), (*unusable, *refused), written, seconds)
+        with meter.phase(spans, "write"):
+            written = self._write(unit, targets) if targets else 0
+        failures, seconds = (*unusable, *refused), spans.seconds("device")
+        meter.committed(len(targets), written, spans.seconds("write"))
+        logs.event(
+            "unit committed", teacher=teacher, unit=unit.name, rows=len(targets), bytes=written, device_seconds=seconds
+        )
+        for failure in failures:
+            logs.event("row failed", level=logging.WARNING, teacher=teacher, unit=unit.name, **asdict(failure))
+        told = spans.all() if self._job.traced else ()
+        return UnitRecord(unit.name, len(targets), failures, written, seconds, teacher, self._name, told)
 
     def _write(self, unit: Unit, targets: list[RowTargets]) -> int:
         storage, info = open_storage(self._job.uri), self._job.info

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,13 +11,14 @@ import typer
 
 from cache import CorruptShardError, MtpdError, RecipeError, open_storage
 from services import demo as demonstration
-from services import maintain
+from services import logs, looking, maintain
 from services.measure import measure_job
 from services.order import decided, decided_if_known, find_order, show_order
 from services.plan import plan_record, show_plans
 from services.precompute import fill, plan_teacher, refuse_too_large, show_fill, used_teachers
 from services.present import complain, duration, say, table
 from services.report import write_report
+from services.trace import Trace
 from services.train import ap, train
 from trainer import Recipe, StageResult, TargetSource, load_recipe, stage_config
 
@@ -67,10 +68,18 @@ def plan(
 
 
 @app.command()
-def precompute(recipe: RecipeFile, teacher: TeacherName = None, force: Force = False) -> None:
+def precompute(
+    recipe: RecipeFile,
+    teacher: TeacherName = None,
+    force: Force = False,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="Write when the actors did what, as a Chrome trace.")
+    ] = None,
+) -> None:
     """Fill the cache on the Ray cluster (a local one if there is none). Resumes by itself."""
     content = decided(load_recipe(recipe))
-    results = [fill(content, name, force=force) for name in _teachers(content, teacher)]
+    with nullcontext() if trace is None else Trace(trace) as traced:
+        results = [fill(content, name, force=force, trace=traced) for name in _teachers(content, teacher)]
     for result in results:
         show_fill(result)
     if any(result.failures for result in results):
@@ -182,14 +191,19 @@ def gc(
     delete: Annotated[
         bool, typer.Option("--delete/--dry-run", help="Remove it; by default it is only listed.")
     ] = False,
+    forget: Annotated[
+        str | None,
+        typer.Option("--forget", metavar="NAME", help="A recipe, as `mtpd ls` names it, needs nothing any more."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also groups that other recipes need.")] = False,
 ) -> None:
     """What no manifest covers, and (if asked for) groups that the recipe does not need. Lists it; removes it on demand."""
     place = maintain.open_target(target)
-    found = maintain.garbage(place, superseded=superseded, finished=finished)
+    found = maintain.garbage(place, superseded=superseded, finished=finished, forgotten=forget, force=force)
     maintain.show_garbage(found)
     if delete:
-        maintain.delete(place, found)
-    elif found:
+        maintain.delete(place, found, forgotten=forget, force=force)
+    elif found or forget:
         say("nothing was removed; --delete does")
 
 
@@ -203,8 +217,14 @@ def demo(
     demonstration.run(work_dir)
 
 
+app.command()(looking.status)
+app.command("ls")(looking.list_cache)
+app.command()(looking.inspect)
+
+
 def main() -> None:
     """Entry point: errors that the user can mend end in one message, without a traceback."""
+    logs.set_up(logs.style())
     try:
         app()
     except MtpdError as error:

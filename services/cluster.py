@@ -6,6 +6,7 @@ from pathlib import Path
 import ray
 
 from cache import RecipeError
+from services import logs
 from trainer import Recipe
 
 
@@ -13,11 +14,11 @@ def connect(*, quiet: bool = False) -> None:
     """Connect to the cluster of ``RAY_ADDRESS`` or of this machine, or start a local one. Nothing if connected.
 
     Args:
-        quiet: do not print what workers print.
+        quiet: do not print what workers print; nor is it where logs are JSON, for Ray puts a prefix before each line.
     """
     if ray.is_initialized():
         return
-    options = {"log_to_driver": not quiet, "logging_level": "WARNING"}
+    options = {"log_to_driver": not quiet and not logs.style(), "logging_level": "WARNING"}
     try:
         ray.init(address="auto", **options)
     except ConnectionError:

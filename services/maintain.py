@@ -15,13 +15,17 @@ from cache import (
     LeaseHeldError,
     MtpdError,
     RecipeError,
+    Reference,
     Report,
     StaleCacheError,
     Storage,
     find_garbage,
     fingerprint,
+    forget,
     list_groups,
+    needed_by,
     open_storage,
+    references,
     remove,
     repair,
     verify,
@@ -29,7 +33,7 @@ from cache import (
 )
 from services.order import decided_if_known
 from services.precompute import FillResult, fill, used_teachers
-from services.present import complain, say, size, table
+from services.present import ago, complain, say, size, table
 from trainer import (
     STUDENT,
     Recipe,
@@ -123,20 +127,32 @@ def sample(target: Target, count: int) -> list[SampleReport]:
     return reports
 
 
-def garbage(target: Target, *, superseded: bool, finished: bool) -> list[Garbage]:
-    """What nothing needs any more.
+def garbage(
+    target: Target, *, superseded: bool, finished: bool, forgotten: str | None = None, force: bool = False
+) -> list[Garbage]:
+    """What nothing needs any more. Whole groups that another recipe needs are not among it.
 
     Args:
         superseded: also groups of the recipe's teachers under other fingerprints than the recipe's.
         finished: also groups of teachers of which every stage of the recipe is trained.
+        forgotten: name of a recipe that needs nothing any more.
+        force: whatever other recipes need.
+
+    Raises:
+        CorruptShardError: a recipe's record cannot be read, so that it is not known what that recipe needs.
     """
     if (superseded or finished) and target.recipe is None:
         raise RecipeError(
             "--superseded, --finished: need a recipe (mtpd gc RECIPE.yaml): it says which groups are in use."
         )
     found: list[Garbage] = []
+    others = _others(target, forgotten) if (superseded or finished) and not force else []
     for info in list_groups(target.storage):
         reason = _why(target.recipe, info, superseded, finished) if target.recipe is not None else None
+        if reason is not None and (needed := needed_by(info.name, others)):
+            users = ", ".join(f"{one.name} (last {ago(one.used)} ago)" for one in needed)
+            say(f"{info.name} is kept ({reason} here): needed by {users}; --forget NAME if that is over, or --force")
+            reason = None
         if reason is not None:
             found.append(whole_group(target.storage, info, reason))
             continue
@@ -159,15 +175,28 @@ def show_garbage(found: list[Garbage]) -> None:
     table("garbage", ["group", "why", "files", "bytes", "held"], rows)
 
 
-def delete(target: Target, found: list[Garbage]) -> None:
-    """Remove garbage, but for groups that a run is writing."""
+def delete(target: Target, found: list[Garbage], *, forgotten: str | None = None, force: bool = False) -> None:
+    """Remove garbage, but for groups that a run is writing, or that another recipe has begun to need meanwhile."""
+    if forgotten is not None:
+        forget(target.storage, forgotten)
+        say(f"{forgotten}: forgotten")
     for one in found:
+        if one.whole and not force and needed_by(one.info.name, _others(target, None)):
+            say(f"{one.info.name} is kept: another recipe has begun to need it")
+            continue
         try:
             remove(target.storage, one)
         except LeaseHeldError as error:
             complain(f"{one.info.name} is left alone: {error}")
         else:
             say(f"{one.info.name}: {len(one.names):,} files removed ({one.reason}, {size(one.size)})")
+
+
+def _others(target: Target, forgotten: str | None) -> list[Reference]:
+    """What other recipes than the target's need."""
+    own = None if target.recipe is None else target.recipe.work_dir
+    # a record that is to be forgotten need not be readable
+    return [one for one in references(target.storage, but=forgotten) if one.work_dir != own]
 
 
 def _why(

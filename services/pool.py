@@ -48,12 +48,14 @@ class Pool:
 
     Attributes:
         begun: when the first unit was handed out, by ``time.monotonic``; None before.
+        retried: units that went back to the queue.
     """
 
     def __init__(self, create: Callable[[], Any], actors: int, at_least: int, notice: Callable[[str], None]) -> None:
         self._create, self._at_least, self._notice = create, at_least, notice
         self._workers = [self._start() for _ in range(actors)]
         self.begun: float | None = None
+        self.retried = 0
         self._tries: Counter[str] = Counter()
         self._suspects: set[str] = set()
         self._fruitless_deaths = 0
@@ -155,6 +157,7 @@ class Pool:
         self._workers[self._workers.index(worker)] = self._start()
         if len(held) == 1:
             return self._try_again(held[0], queue, "the actor that computed it died")
+        self.retried += len(held)
         self._suspects |= {unit.name for unit in held}
         queue.extend(held)
         return None
@@ -167,6 +170,7 @@ class Pool:
             if self._set_aside >= _MAX_TRIES and not self._finished:
                 raise MtpdError(f"every unit fails, the first {self._set_aside} on all {_MAX_TRIES} tries: {reason}")
             return SetAside(unit, f"{reason} ({_MAX_TRIES} tries)")
+        self.retried += 1
         queue.append(unit)
         return None
 

@@ -18,11 +18,13 @@ from cache import (
     prepare,
     write_head,
 )
-from services import cluster
+from services import cluster, logs
 from services.actor import ActorJob, TeacherActor
+from services.journal import Journal
 from services.pool import Pool, SetAside
 from services.present import Progress, complain, duration, say, size
-from services.records import keep_recipe, record_fill
+from services.records import keep_recipe, record_fill, record_use
+from services.trace import Trace
 from trainer import Failure, OrderRows, Recipe, head_file, read_annotations, teacher_info
 
 # the manifest's parts are folded when so many are new, and a quarter of those folded before: work stays linear in units
@@ -63,12 +65,15 @@ def plan_teacher(recipe: Recipe, teacher: str) -> Plan:
     return _plan(recipe, open_storage(recipe.cache.uri), teacher_info(recipe, teacher))
 
 
-def fill(recipe: Recipe, teacher: str, *, force: bool = False, rows: OrderRows | None = None) -> FillResult:
+def fill(
+    recipe: Recipe, teacher: str, *, force: bool = False, rows: OrderRows | None = None, trace: Trace | None = None
+) -> FillResult:
     """Compute and commit every row of one teacher that is not committed yet.
 
     Args:
         force: begin even if the plan does not fit the disk.
         rows: only these; a later call for all goes on from them.
+        trace: takes in what the actors did when.
 
     Raises:
         LeaseHeldError: another run writes this teacher's targets.
@@ -81,6 +86,7 @@ def fill(recipe: Recipe, teacher: str, *, force: bool = False, rows: OrderRows |
     storage = open_storage(recipe.cache.uri)
     if rows is None:  # else it is the order's recipe, in which the student is among the teachers
         keep_recipe(recipe)
+        record_use(recipe, info)
     with Lease(storage, info.name) as lease:
         compact(storage, info)
         plan = _plan(recipe, storage, info, rows)
@@ -93,7 +99,7 @@ def fill(recipe: Recipe, teacher: str, *, force: bool = False, rows: OrderRows |
         if plan.todo == 0:
             say(f"teacher {teacher}: all {plan.total:,} rows are in the cache")
             return FillResult(teacher, info.name, plan.total, 0, (), 0, plan.stored_bytes, 0.0, 0.0)
-        result = _run(recipe, storage, plan, lease, started)
+        result = _run(recipe, storage, plan, lease, started, trace)
         lease.check()
         compact(storage, info)
     return result
@@ -111,32 +117,41 @@ def _plan(recipe: Recipe, storage: Storage, info: GroupInfo, rows: OrderRows | N
     )
 
 
-def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: float) -> FillResult:
+def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: float, trace: Trace | None) -> FillResult:
     teacher = plan.info.teacher
-    job = ActorJob(
-        recipe.cache.uri, lease.run, plan.info, recipe.teachers[teacher], recipe.policy, recipe.dataset.train
-    )
+    spec, split = recipe.teachers[teacher], recipe.dataset.train
+    job = ActorJob(recipe.cache.uri, lease.run, plan.info, spec, recipe.policy, split, logs.style(), trace is not None)
     cluster.connect()
     actors = min(recipe.actors.max, plan.todo_units)
     cpus, gpus = (cluster.share(getattr(recipe.actors, f"{r.lower()}s"), r, actors) for r in ("CPU", "GPU"))
     create = lambda: TeacherActor.options(num_cpus=cpus, num_gpus=gpus).remote(job)  # noqa: E731
     failures: list[Failure] = []
     computed, written, device_seconds, parts, folded = 0, 0, 0.0, 0, 0
-    with Progress(f"teacher {teacher}", plan.total, plan.total - plan.todo) as progress:
+    with (
+        Progress(f"teacher {teacher}", plan.total, plan.total - plan.todo) as progress,
+        Journal(storage, plan, lease, actors) as journal,
+    ):
         pool = Pool(create, actors, min(recipe.actors.min, actors), progress.notice)
         try:
             for outcome in pool.run(plan.units()):
                 lease.check()
                 progress.begin(pool.begun)
+                journal.update(pool.begun, pool.retried)
                 if isinstance(outcome, SetAside):
-                    failures += [Failure(r.image_id, r.view, r.file_name, outcome.reason) for r in outcome.unit.rows]
-                    progress.advance(0, len(outcome.unit.rows))
+                    lost = [Failure(r.image_id, r.view, r.file_name, outcome.reason) for r in outcome.unit.rows]
+                    failures += lost
+                    progress.advance(0, len(lost))
+                    journal.count(0, 0, lost)
+                    logs.event("unit set aside", teacher=teacher, unit=outcome.unit.name, reason=outcome.reason)
                     continue
+                if trace is not None:
+                    trace.add(outcome)
                 failures += outcome.failures
                 computed += outcome.rows
                 written += outcome.written_bytes
                 device_seconds += outcome.device_seconds
                 progress.advance(outcome.rows, len(outcome.failures))
+                journal.count(outcome.rows, outcome.written_bytes, outcome.failures)
                 parts += outcome.rows > 0
                 if parts > max(_PARTS, folded // 4):
                     folded, parts = folded + compact(storage, plan.info), 0

@@ -1,5 +1,6 @@
 """What the user sees: lines, tables, and the driver's progress."""
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ import rich.progress
 from rich.console import Console
 from rich.table import Table
 
+from services import logs
+
 _LINE_SECONDS = 10.0
 
 _console = Console(highlight=False, soft_wrap=True)
@@ -16,11 +19,17 @@ _console = Console(highlight=False, soft_wrap=True)
 
 def say(text: str) -> None:
     """Print a line."""
+    if logs.style():
+        logs.event(text)
+        return
     _console.print(text, markup=False)
 
 
 def complain(text: str) -> None:
     """Print an error."""
+    if logs.style():
+        logs.event(text, level=logging.ERROR)
+        return
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
@@ -53,6 +62,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d} min"
 
 
+def ago(moment: float) -> str:
+    """How long ago a moment was, in seconds since the epoch, for people."""
+    seconds = max(0.0, time.time() - moment)
+    return duration(seconds) if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
+
+
 class Progress:
     """Images done, images/s and time left: a bar on a terminal, else a line every few seconds.
 
@@ -66,7 +81,7 @@ class Progress:
         self._bar: rich.progress.Progress | None = None
 
     def __enter__(self) -> "Progress":
-        if _console.is_terminal:
+        if _console.is_terminal and not logs.style():
             columns = rich.progress
             self._bar = columns.Progress(
                 columns.TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""What a job leaves in its work_dir about itself, beside the stages: the recipe it ran with, and what each precompute did."""
+"""What a job leaves about itself: in its work_dir the recipe and what each precompute did, in the cache what it needs."""
 
 import json
 from dataclasses import asdict
@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache import open_storage
-from trainer import Recipe
+from cache import GroupInfo, MtpdError, Use, open_storage, refer
+from services.present import say
+from trainer import Recipe, stage_dir
 
 if TYPE_CHECKING:
     from services.precompute import FillResult
@@ -23,6 +24,22 @@ def keep_recipe(recipe: Recipe) -> None:
     """
     open_storage(recipe.cache.uri)
     _write(recipe, RECIPE, recipe.model_dump(mode="json"))
+
+
+def record_use(recipe: Recipe, info: GroupInfo) -> None:
+    """Record in the cache that this recipe needs a group, and which of the stages that read it are trained.
+
+    A role that only reads the cache is refused that; then the group is not kept for this recipe, and a line says so.
+    """
+    stages = tuple(n for n, stage in enumerate(recipe.stages, start=1) if info.teacher in stage.teachers)
+    done = tuple(n for n in stages if (stage_dir(recipe, n) / "result.json").exists())
+    storage = open_storage(recipe.cache.uri)
+    try:
+        refer(storage, recipe.work_dir, info.name, Use(info.teacher, stages, done))
+    except (MtpdError, OSError):
+        say(
+            f"{storage.where()} cannot be written to: `mtpd gc` of other recipes will not know that this one reads {info.name}"
+        )
 
 
 def record_fill(recipe: Recipe, result: "FillResult") -> None:

@@ -1,6 +1,8 @@
 """Stages under Ray Train: each worker runs an mmengine Runner that reads the cache directly."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -8,10 +10,11 @@ from ray.train import RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from cache import MtpdError
-from services import cluster
+from services import cluster, logs
+from services.metrics import publish_pulse
 from services.present import duration, say
-from services.records import keep_recipe
-from trainer import Recipe, StageResult, TargetSource, open_stage, stage_dir, train_stage
+from services.records import keep_recipe, record_use
+from trainer import Pulse, Recipe, StageResult, TargetSource, open_stage, stage_dir, teacher_info, train_stage
 
 
 def train(
@@ -40,13 +43,16 @@ def _train_stage(recipe: Recipe, stage: int, targets: TargetSource, quiet: bool)
         say(f"{name}: done before, {ap(done.metrics)}")
         return done
     say(f"{name}: training; log in {stage_dir(recipe, stage)}")
+    cached = [teacher_info(recipe, teacher) for teacher in spec.teachers] if targets == "cache" else []
+    for info in cached:
+        record_use(recipe, info)
     cluster.connect(quiet=quiet)
     workers = recipe.training.workers
     cpus = cluster.share(recipe.training.cpus, "CPU", workers)
     gpus = cluster.share(recipe.training.gpus, "GPU", workers)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"recipe": recipe, "stage": stage, "targets": targets},
+        train_loop_config={"recipe": recipe, "stage": stage, "targets": targets, "log": logs.style()},
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         ),
@@ -66,6 +72,8 @@ def _train_stage(recipe: Recipe, stage: int, targets: TargetSource, quiet: bool)
             f"{stage_dir(recipe, stage)}: the worker finished, but its result is not there. work_dir must lie on storage that "
             "every node sees."
         )
+    for info in cached:  # that it is done with
+        record_use(recipe, info)
     say(f"{name}: {ap(result.metrics)} after {duration(result.seconds)}")
     return result
 
@@ -78,6 +86,13 @@ def ap(metrics: dict[str, float]) -> str:
 
 def _work(config: dict[str, Any]) -> None:
     """One training worker. Ray Train has initialised the process group."""
+    logs.set_up(config["log"])
+    name = f"{Path(config['recipe'].work_dir).name}/stage-{config['stage']}"
+
+    def listen(pulse: Pulse) -> None:
+        publish_pulse(pulse, name)
+        logs.event("training", stage=name, **asdict(pulse))
+
     world = ray.train.get_context().get_world_size()
     train_stage(
         config["recipe"],
@@ -85,4 +100,5 @@ def _work(config: dict[str, Any]) -> None:
         config["targets"],
         launcher="pytorch" if world > 1 else "none",
         report=lambda metrics: ray.train.report(metrics),
+        listen=listen,
     )

@@ -49,6 +49,8 @@ from trainer.order import (
     with_candidates,
 )
 from trainer.pictures import LEAST_SCORE, Energy, Picture, Pictures, SeenObject, Sight, take_pictures
+from trainer.portrait import draw_row, view_pixels
+from trainer.pulse import Pulse, read_pulse
 from trainer.recipe import Recipe, load_recipe, parse_recipe
 from trainer.sample import Agreement, SampleReport, compare_sample
 from trainer.sampled import ApplySampledView
@@ -84,6 +86,7 @@ __all__ = [
     "Picture",
     "Pictures",
     "Place",
+    "Pulse",
     "Recipe",
     "SampleReport",
     "SceneOptions",
@@ -115,6 +118,7 @@ __all__ = [
     "choose_rows",
     "compare_sample",
     "describe",
+    "draw_row",
     "epoch_order",
     "evaluate_teacher",
     "evaluation_loader",
@@ -128,6 +132,7 @@ __all__ = [
     "parse_recipe",
     "pool_student",
     "read_annotations",
+    "read_pulse",
     "refuse_other_classes",
     "select_teachers",
     "spend",
@@ -137,6 +142,7 @@ __all__ = [
     "teacher_info",
     "total",
     "train_stage",
+    "view_pixels",
     "wanted_record",
     "with_candidates",
 ]

@@ -1,11 +1,13 @@
 """One unit of a plan -> its targets: decode, make the views, run the teacher, quantise. Runs without ray."""
 
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import google_crc32c
 import numpy as np
@@ -106,14 +108,28 @@ class UnitComputer:
         output = self._teacher([pixels.image], detect=False)
         return {name: maps[0].float().cpu() for name, maps in output.features.items()}
 
-    def compute(self, views: Sequence[Pixels]) -> tuple[list[RowTargets], list[Failure]]:
-        """Run the teacher and quantise on its device. Rows with NaN or Inf are refused and returned as failures."""
+    def compute(
+        self,
+        views: Sequence[Pixels],
+        timed: Callable[[Literal["forward", "quantise"], float, float], None] | None = None,
+    ) -> tuple[list[RowTargets], list[Failure]]:
+        """Run the teacher and quantise on its device. Rows with NaN or Inf are refused and returned as failures.
+
+        Args:
+            timed: given each batch's forward and its quantisation, begin and end by ``time.monotonic``. A GPU may still be at
+                work on maps when a forward ends here: its detections are waited for, the rest by the quantisation.
+        """
         targets: list[RowTargets] = []
         failures: list[Failure] = []
         for start in range(0, len(views), self._batch_size):
             batch = views[start : start + self._batch_size]
+            begin = time.monotonic()
             output = self._teacher([pixels.image for pixels in batch])
+            middle = time.monotonic()
             encoded = {name: encode(maps, self._info.precision) for name, maps in output.features.items()}
+            if timed is not None:
+                timed("forward", begin, middle)
+                timed("quantise", middle, time.monotonic())
             for n, pixels in enumerate(batch):
                 dense = _dense_arrays(output.dense[n]) if output.dense else {}
                 reason = _not_finite(encoded, n, output.detections[n], dense, self._info.precision)

@@ -198,7 +198,7 @@ def _teacher_sight(teacher: Teacher, path: Path, scale: tuple[int, int]) -> Sigh
         )
     strides = {level.name: level.stride * level.pool for level in teacher.levels}
     maps = {name: features[0] for name, features in output.features.items()}
-    return Sight(tuple(objects), _energies(maps, strides, view.shape[:2]))
+    return Sight(tuple(objects), energies(maps, strides, view.shape[:2]))
 
 
 def _student_sight(student: Any, capture: Sequence[str], path: Path) -> Sight:
@@ -214,20 +214,25 @@ def _student_sight(student: Any, capture: Sequence[str], path: Path) -> Sight:
     maps = flatten(outputs, capture, "student.capture")
     levels = measure_levels(student, capture, "student.capture")
     named = {level.name: feature_map[0] for level, feature_map in zip(levels, maps, strict=True)}
-    return Sight(tuple(objects), _energies(named, {level.name: level.stride for level in levels}, sample.img_shape))
+    return Sight(tuple(objects), energies(named, {level.name: level.stride for level in levels}, sample.img_shape))
 
 
-def _energies(maps: Mapping[str, Tensor], strides: Mapping[str, int], size: tuple[int, int]) -> dict[str, Energy]:
-    """Energy of each level, finest first, of an image of ``size`` (height, width) in pixels, without its padding."""
-    energies = {}
+def energies(maps: Mapping[str, Tensor], strides: Mapping[str, int], size: tuple[int, int]) -> dict[str, Energy]:
+    """Energy of each level, finest first, of an image of ``size`` (height, width) in pixels, without its padding.
+
+    Args:
+        maps: per level (C, h, w).
+        strides: per level pixels of the image per position, pooling included.
+    """
+    found = {}
     for name in sorted(maps, key=lambda name: strides[name]):
         rows, columns = (math.ceil(side / strides[name]) for side in size)
         values = maps[name].float().abs().mean(dim=0)[:rows, :columns].cpu().numpy()
         low, high = float(values.min()), float(values.max())
         grey = (255 * (values - low) / max(high - low, 1e-12)).astype(np.uint8)
         png = cv2.imencode(".png", cv2.applyColorMap(grey, cv2.COLORMAP_INFERNO))[1].tobytes()
-        energies[name] = Energy(png, low, high, (rows * strides[name] / size[0], columns * strides[name] / size[1]))
-    return energies
+        found[name] = Energy(png, low, high, (rows * strides[name] / size[0], columns * strides[name] / size[1]))
+    return found
 
 
 def _annotated(annotation: Mapping[str, Any], label: Mapping[int, int], height: int, width: int) -> SeenObject:

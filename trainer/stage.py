@@ -19,6 +19,7 @@ from cache import MissingRowsError, RecipeError, TeacherCache, differences
 from trainer.annotations import read_annotations
 from trainer.checkpoint import save_student
 from trainer.config import nested, plain, plain_dict
+from trainer.pulse import Pulse, PulseHook
 from trainer.recipe import Recipe
 from trainer.stage_config import TargetSource, stage_config, stage_dir, student_config
 
@@ -59,12 +60,14 @@ def train_stage(
     *,
     launcher: Literal["none", "pytorch"] = "none",
     report: Callable[[dict[str, float]], None] | None = None,
+    listen: Callable[[Pulse], None] | None = None,
 ) -> StageResult:
     """Train one stage, or what is left of it: a stage that is done returns its result, one that was killed goes on.
 
     Args:
         launcher: ``pytorch`` inside an initialised process group.
         report: called after each epoch's end with ``epoch`` and the latest losses.
+        listen: given a pulse every few seconds.
 
     Raises:
         RecipeError: the stage before is not done, or the folder holds a stage of another recipe.
@@ -88,6 +91,7 @@ def train_stage(
     runner = Runner.from_cfg(cfg)
     record = _StageRecord(folder / "progress.json", report)
     runner.register_hook(record, priority="VERY_LOW")
+    runner.register_hook(PulseHook(folder, listen), priority="VERY_LOW")
     runner.train()
     if record.metrics is None:  # killed between the last checkpoint and its evaluation
         runner.val()

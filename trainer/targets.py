@@ -41,12 +41,14 @@ class CachedMaps:
         layout: where each lies in the buffer.
         detections: on the CPU; None if they were not asked for.
         top_k: positions a level of the dense outputs that are wanted; more may be stored.
+        kept: whether the local disk had the row; None for a cache of which none is kept.
     """
 
     buffer: Tensor
     layout: RowLayout
     detections: Detections | None = None
     top_k: int = 0
+    kept: bool | None = None
 
     @property
     def map_sizes(self) -> dict[str, tuple[int, int]]:

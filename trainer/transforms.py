@@ -111,5 +111,6 @@ class LoadTeacherTargets(BaseTransform):
         sample = results["data_samples"]
         # a copy: a view would drag its whole shard along when a loader's worker hands it over
         targets = self.cache[sample.img_id, sample.view].copy()
-        maps = CachedMaps(targets.buffer, targets.layout, targets.detections if self._detections else None, self._top_k)
+        detections = targets.detections if self._detections else None
+        maps = CachedMaps(targets.buffer, targets.layout, detections, self._top_k, self.cache.last_kept)
         return {**results, "teacher_maps": {**results.get("teacher_maps", {}), self.cache.info.teacher: maps}}

@@ -8,7 +8,7 @@ from cache import TeacherCache
 from tests import models
 from tests.cache.object_store import KEY, SECRET, Bucket, bucket, new_forkserver  # noqa: F401 - fixtures
 from tests.trainer import precompute
-from trainer import parse_recipe, stage_config, stage_dir, train_stage
+from trainer import Pulse, parse_recipe, stage_config, stage_dir, train_stage
 
 LOCAL_BYTES = 2 * 2**20
 
@@ -27,10 +27,16 @@ def test_a_stage_trains_from_a_bucket_and_keeps_its_rows_on_the_local_disk(
     assert precompute.fill(recipe, "small") == []
     assert len(TeacherCache.open(bucket.uri, "small")) == 40
     assert stage_config(recipe, 1).train_dataloader.multiprocessing_context == "forkserver"
-    result = train_stage(recipe, 1)
+    pulses: list[Pulse] = []
+    result = train_stage(recipe, 1, listen=pulses.append)
     assert result.teacher_forwards == result.damaged_rows == 0
     assert result.images > 15
     assert Path(result.student).exists()
+    assert (sum(p.fetched_rows for p in pulses), sum(p.kept_rows for p in pulses)) == (result.images, 0)
+    again: list[Pulse] = []
+    other = parse_recipe({**content, "work_dir": str(tmp_path / "other")}, "test")
+    train_stage(other, 1, listen=again.append)  # in the same order: every row is on the disk now
+    assert (sum(p.fetched_rows for p in again), sum(p.kept_rows for p in again)) == (0, result.images)
     rows = [path for path in (tmp_path / "rows").rglob("*x*/*") if path.is_file()]
     assert len(rows) == result.images, "one view of each image was read, and kept"
     assert sum(path.stat().st_size for path in rows) <= LOCAL_BYTES
