@@ -9,12 +9,14 @@ from typing import Annotated
 
 import typer
 
-from cache import CorruptShardError, MtpdError, Plan, Policy, RecipeError, SampledPolicy, open_storage
+from cache import CorruptShardError, MtpdError, RecipeError, open_storage
 from services import demo as demonstration
 from services import logs, looking, maintain
+from services.measure import measure_job
 from services.order import decided, decided_if_known, find_order, show_order
+from services.plan import plan_record, show_plans
 from services.precompute import fill, plan_teacher, refuse_too_large, show_fill, used_teachers
-from services.present import complain, duration, say, size, table
+from services.present import complain, duration, say, table
 from services.report import write_report
 from services.trace import Trace
 from services.train import ap, train
@@ -42,17 +44,25 @@ Force = Annotated[bool, typer.Option("--force", help="Go on even if the plan doe
 def plan(
     recipe: RecipeFile,
     teacher: TeacherName = None,
+    timed: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Time a few batches: does caching pay here, from how many epochs and students on?"
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     force: Force = False,
 ) -> None:
     """Images, views, buckets, units and bytes of each teacher; exit code 1 if they do not fit the disk. Writes nothing."""
     content = decided_if_known(load_recipe(recipe))
+    if timed and teacher is not None:
+        raise typer.BadParameter("--measure times the whole recipe; leave out --teacher")
     plans = [plan_teacher(content, name) for name in _teachers(content, teacher)]
+    cost = measure_job(content, plans) if timed else None
     if as_json:
-        typer.echo(json.dumps([_plan_record(p, len(content.policy)) for p in plans], indent=1))
+        typer.echo(json.dumps(plan_record(plans, cost), indent=1))
     else:
-        for one in plans:
-            _show_plan(one, len(content.policy))
+        show_plans(plans, cost)
     if not force:
         refuse_too_large(open_storage(content.cache.uri), plans)
 
@@ -231,71 +241,6 @@ def _teachers(recipe: Recipe, only: str | None) -> list[str]:
     if only not in recipe.teachers:
         raise RecipeError(f"--teacher {only}: not in `teachers` ({', '.join(recipe.teachers) or 'none'}).")
     return [only]
-
-
-def _plan_record(plan: Plan, views: int) -> dict[str, object]:
-    return {
-        "teacher": plan.info.teacher,
-        "group": plan.info.name,
-        "images": plan.total // views,
-        "views": views,
-        "view_policy": plan.policy.to_json(),
-        "rows": plan.total,
-        "rows_to_compute": plan.todo,
-        "units": sum(bucket.units for bucket in plan.buckets),
-        "precision": plan.info.precision,
-        "bytes": plan.stored_bytes,
-        "bytes_per_row": plan.stored_bytes / max(1, plan.total),
-        "level_bytes": plan.level_bytes(),
-        "dense_bytes": plan.dense_bytes(),
-        "levels": {level.name: {"channels": level.channels, "stride": level.stride} for level in plan.info.levels},
-        "buckets": [
-            {
-                "name": bucket.name,
-                "rows": bucket.rows,
-                "rows_to_compute": bucket.todo,
-                "unit_rows": bucket.slots,
-                "units": bucket.units,
-                "bytes": plan.bucket_bytes(bucket),
-            }
-            for bucket in plan.buckets
-        ],
-    }
-
-
-def _show_plan(plan: Plan, views: int) -> None:
-    shown = plan.buckets[:12]
-    rows: list[list[object]] = [
-        [b.name, f"{b.rows:,}", f"{b.todo:,}", b.slots, f"{b.units:,}", size(plan.bucket_bytes(b))] for b in shown
-    ]
-    if rest := plan.buckets[12:]:
-        rows.append(
-            [
-                f"{len(rest)} more",
-                f"{sum(b.rows for b in rest):,}",
-                f"{sum(b.todo for b in rest):,}",
-                "",
-                f"{sum(b.units for b in rest):,}",
-                size(sum(plan.bucket_bytes(b) for b in rest)),
-            ]
-        )
-    table(f"{plan.info.name}", ["bucket", "rows", "to compute", "unit rows", "units", "bytes"], rows)
-    levels = ", ".join(f"{name} {size(count)}" for name, count in plan.level_bytes().items())
-    if plan.info.dense:
-        levels += f"; dense outputs {size(plan.dense_bytes())}"
-    row_bytes = plan.stored_bytes / max(1, plan.total)
-    say(f"{plan.total // views:,} images x {views} views = {plan.total:,} rows, {plan.todo:,} to compute")
-    say(f"views: {_views(plan.policy)}")
-    say(f"{size(plan.stored_bytes)} as {plan.info.precision} ({levels})")
-    say(f"training reads {size(row_bytes)} an image: {size(100 * row_bytes)}/s at 100 images/s\n")
-
-
-def _views(policy: Policy) -> str:
-    if isinstance(policy, SampledPolicy):
-        transforms = ", ".join(transform["type"] for transform in policy.record["pipeline"])
-        return f"sampled with seed {policy.record['seed']}, {policy.size[0]}x{policy.size[1]} (height x width): {transforms}"
-    scales = ", ".join(f"{long}x{short}" for long, short in policy.scales)
-    return f"resized into {scales}{', each also mirrored' if policy.mirrors else ''}"
 
 
 def _show_stages(results: list[StageResult]) -> None:

@@ -110,7 +110,7 @@ def test_the_recipe_is_planned_in_its_bucket_with_the_bytes_of_the_manual(
     finally:
         request("DELETE", "/mtpd-cache")
     assert result.exit_code == 0
-    plans = json.loads(result.output)
+    plans = json.loads(result.output)["teachers"]
     assert [plan["teacher"] for plan in plans] == list(loaded.teachers)
     for plan in plans:
         assert (plan["rows_to_compute"], list(plan["levels"])) == (4, ["P3", "P4", "P5"])

@@ -28,7 +28,9 @@ def test_plan_prints_exact_numbers_and_writes_nothing(data: Path, tmp_path: Path
     file = write(models.recipe(data, tmp_path), tmp_path)
     result = mtpd("plan", file, "--json")
     assert result.returncode == 0, result.stderr
-    plans = json.loads(result.stdout)
+    content = json.loads(result.stdout)
+    assert content["cost"] is None
+    plans = content["teachers"]
     assert [p["teacher"] for p in plans] == ["small", "swin"]
     for plan in plans:
         assert (plan["images"], plan["views"], plan["rows"], plan["rows_to_compute"]) == (20, 2, 40, 40)

@@ -1,0 +1,123 @@
+"""Time a recipe's parts where its teachers and students would run: in a Ray task with the share of an actor or a worker."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+import torch
+from ray.exceptions import RayTaskError
+
+from cache import MtpdError, Plan
+from services import cluster
+from trainer import (
+    Job,
+    Measured,
+    Place,
+    Recipe,
+    SplitSpec,
+    StageCost,
+    TeacherCost,
+    TeacherSeconds,
+    measure,
+    read_annotations,
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the cluster gives one teacher actor or one training worker."""
+
+    cpus: float
+    gpus: float
+    threads: int
+
+    @property
+    def lanes(self) -> int:
+        """Threads that decode in an actor that has it."""
+        return max(1, int(self.cpus))
+
+    @property
+    def place(self) -> Place:
+        """Where it runs, asked inside a process that has the share."""
+        device = "cuda" if self.gpus and torch.cuda.is_available() else "cpu"
+        return Place(device, self.lanes, self.threads)
+
+
+def measure_job(recipe: Recipe, plans: Sequence[Plan], rounds: int = 3) -> Job:
+    """The recipe's job in numbers.
+
+    The parts are timed on one node of the cluster of ``RAY_ADDRESS`` or of this machine, else on this machine, in a temporary
+    folder there: neither the cache nor work_dir is touched. While the order of teachers is not known, all are stages.
+
+    Args:
+        plans: of each teacher that a stage names.
+        rounds: batches of each part that are timed.
+
+    Raises:
+        RecipeError, TeacherLoadError: see `measure`.
+    """
+    recipe = recipe.with_sequence(list(recipe.teachers)) if recipe.auto else recipe
+    cluster.connect(quiet=True)
+    workers = recipe.training.workers
+    actors = max(1, min([recipe.actors.max, *(plan.todo_units for plan in plans if plan.todo)]))
+    teacher = _share(recipe.actors.cpus, recipe.actors.gpus, actors)
+    student = _share(recipe.training.cpus, recipe.training.gpus, workers)
+    task = _measure.options(num_cpus=max(teacher.cpus, student.cpus), num_gpus=max(teacher.gpus, student.gpus))
+    begin = time.time()
+    try:
+        up, at, measured = ray.get(task.remote(recipe, teacher, student, rounds))
+    except RayTaskError as error:
+        if isinstance(error.cause, MtpdError):
+            raise error.cause from None
+        raise
+    process = max(0.0, up - begin)
+    timed = measured.teachers
+    return Job(
+        images=round(_images(recipe.dataset.train, "train") * measured.kept),
+        views=len(recipe.policy),
+        val_images=_images(recipe.dataset.val, "val"),
+        student=at[1],
+        teacher=at[0],
+        evaluate=measured.evaluate,
+        start=process + measured.start,
+        actor_start=process,
+        teachers={plan.info.teacher: _teacher_cost(plan, timed[plan.info.teacher]) for plan in plans},
+        stages=tuple(
+            StageCost(
+                spec.teachers, spec.epochs, of.evaluations, of.plain, of.cached, of.online, of.read, of.read_bytes
+            )
+            for spec, of in zip(recipe.stages, measured.stages, strict=True)
+        ),
+        workers=workers,
+        loaders=measured.loaders,
+        actors=actors,
+        decoders=teacher.lanes,
+    )
+
+
+def _teacher_cost(plan: Plan, of: TeacherSeconds) -> TeacherCost:
+    row_bytes = plan.stored_bytes / max(1, plan.total)
+    return TeacherCost(plan.total, plan.todo, row_bytes, of.start, of.decode, of.compute, of.write)
+
+
+def _images(split: SplitSpec, name: str) -> int:
+    return int(read_annotations(split.ann_file, f"dataset.{name}.ann_file").images.ids.size)
+
+
+def _share(cpus: float | None, gpus: float | None, count: int) -> Share:
+    given = cluster.share(cpus, "CPU", count)
+    # Ray gives a process as many threads as processors, unless the user says otherwise
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(given))
+    return Share(given, cluster.share(gpus, "GPU", count), threads)
+
+
+@ray.remote(max_retries=0)
+def _measure(
+    recipe: Recipe, teacher: Share, student: Share, rounds: int
+) -> tuple[float, tuple[Place, Place], Measured]:
+    """When this process was up, where teachers and students run, and what was measured."""
+    up = time.time()
+    places = teacher.place, student.place
+    return up, places, measure(recipe, *places, rounds=rounds)

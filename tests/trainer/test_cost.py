@@ -1,0 +1,141 @@
+"""The arithmetic of cost against jobs whose answer is known, and the timing of a recipe's parts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import models
+from trainer import (
+    Job,
+    Place,
+    StageCost,
+    Step,
+    TeacherCost,
+    break_even_epochs,
+    break_even_students,
+    cheapest,
+    epoch_order,
+    measure,
+    parse_recipe,
+    spend,
+    total,
+)
+
+CPU = Place("cpu", cores=1, threads=1)
+# multiples of 1/1024, so that sums are exact and "costs the same" is too
+EXACT = st.integers(1, 4096).map(lambda n: n / 1024)
+
+
+def job(
+    *, epochs: int, images: int = 100, views: int = 2, look: float, write: float, read: float, start: float = 0.0
+) -> Job:
+    """A student's step takes a second, a teacher's look at a view the same online as in a precompute."""
+    stage = StageCost(("t",), epochs, 0, Step(0, 1), Step(read, 1), Step(0, 1 + look), read)
+    teacher = TeacherCost(images * views, images * views, 10.0, start, 0.0, look, write)
+    nothing = Step(0, 0)
+    return Job(images, views, 0, CPU, CPU, nothing, 0.0, 0.0, {"t": teacher}, (stage,))
+
+
+@given(
+    look=EXACT, write=EXACT, read=EXACT, epochs=st.integers(1, 40), views=st.integers(1, 4), students=st.integers(1, 6)
+)
+def test_cached_wins_exactly_where_the_forwards_that_it_saves_outweigh_writing_and_reading(
+    look: float, write: float, read: float, epochs: int, views: int, students: int
+) -> None:
+    one = job(epochs=epochs, views=views, look=look, write=write, read=read)
+    online, cached = (total(spend(one, way, students)) for way in ("online", "cached"))
+    saved = online.teacher_forwards - cached.teacher_forwards
+    assert saved == students * epochs * 100 - views * 100
+    wins = saved * look > 100 * views * write + students * epochs * 100 * read
+    assert (cached.seconds < online.seconds) == wins
+    assert (cached.written_bytes, online.written_bytes) == (100 * views * 10, 0)
+
+
+@given(look=EXACT, write=EXACT, read=EXACT, start=EXACT, epochs=st.integers(1, 40), views=st.integers(1, 4))
+def test_break_even_is_the_first_number_from_which_cached_wins(
+    look: float, write: float, read: float, start: float, epochs: int, views: int
+) -> None:
+    one = job(epochs=epochs, views=views, look=look, write=write, read=read, start=start)
+
+    def wins(epochs: int, students: int) -> bool:
+        other = replace(one, stages=(replace(one.stages[0], epochs=epochs),))
+        online, cached = (total(spend(other, way, students)).seconds for way in ("online", "cached"))
+        return cached < online
+
+    found = break_even_epochs(one, one.stages[0])
+    assert (found is None) == (look <= read)
+    if found is not None:
+        assert wins(found, 1)
+        assert wins(10 * found, 1)
+        assert found == 1 or not wins(found - 1, 1)
+    found = break_even_students(one)
+    if found is not None:
+        assert wins(epochs, found)
+        assert wins(epochs, 10 * found)
+        assert found == 1 or not wins(epochs, found - 1)
+
+
+def test_rows_that_are_there_and_teachers_that_come_again_are_paid_for_once() -> None:
+    one = job(epochs=2, look=4.0, write=0.5, read=0.25)
+    twice = replace(one, stages=one.stages * 2)
+    first, second = spend(twice, "cached")
+    assert first.teacher_forwards == 200
+    assert second.teacher_forwards == second.precompute == second.written_bytes == 0
+    there = replace(one, teachers={"t": replace(one.teachers["t"], todo=0)})
+    assert total(spend(there, "cached")).precompute == 0
+    assert break_even_students(there) == break_even_epochs(there, there.stages[0]) == 1
+    # one epoch of two views: hybrid computes one of each image; online does not write them either
+    assert cheapest(job(epochs=1, look=4.0, write=0.5, read=0.25)) == "online"
+    assert cheapest(job(epochs=2, look=4.0, write=0.125, read=0.125)) == "hybrid"
+    assert cheapest(job(epochs=40, look=4.0, write=0.125, read=0.125), 5) in ("cached", "hybrid")
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_hybrid_computes_as_many_rows_as_the_sampler_asks_for(views: int) -> None:
+    images, lengths = 2000, (2, 1, 4)
+    one = job(epochs=1, images=images, views=views, look=1.0, write=0.0, read=0.0)
+    stages = replace(one, stages=tuple(replace(one.stages[0], epochs=epochs) for epochs in lengths))
+    seen: set[int] = set()
+    for spent, epochs in zip(spend(stages, "hybrid", students=2), lengths, strict=True):
+        before = len(seen)
+        # every stage of a student begins with the same seed
+        seen.update(i for seed in (0, 1) for epoch in range(epochs) for i in epoch_order(images, views, seed, epoch))
+        assert len(seen) - before == pytest.approx(spent.teacher_forwards, abs=0.02 * images)
+
+
+def test_what_overlaps_takes_as_long_as_its_slowest_part() -> None:
+    gpu, few = Place("cuda", cores=4, threads=4), Place("cpu", cores=2, threads=2)
+    assert gpu.overlapped(device=8, host=4, lanes=0) == 12  # one after the other
+    assert gpu.overlapped(device=8, host=4, lanes=1) == 8  # hidden
+    assert gpu.overlapped(device=1, host=12, lanes=3) == 4  # the lanes are too slow
+    assert gpu.overlapped(device=1, host=12, lanes=100) == 13 / 4  # so are the processors
+    assert few.overlapped(device=8, host=4, lanes=2) == 10  # the teacher's threads are the decoder's processors
+
+
+def test_the_parts_of_a_recipe_are_timed_beside_it_and_nothing_is_written(data: Path, tmp_path: Path) -> None:
+    content = models.recipe(data, tmp_path)
+    content["teachers"]["other"] = models.teacher("gfl-r18", data, batch_size=3)
+    content["stages"] = [
+        {"epochs": 3},
+        {"teacher": ["small", "swin"], "mechanisms": [{"type": "PKDLoss"}], "epochs": 1},
+        {"teacher": "small", "mechanisms": [{"type": "DenseLogitLoss"}, {"type": "CrossKDLoss"}], "epochs": 1},
+        {"teacher": "other", "mechanisms": [{"type": "PKDLoss", "levels": ["P4"]}], "epochs": 2},
+    ]
+    content["student"]["inherit"] = "small"
+    content["cache"]["precision"] = "int8"
+    before = set(tmp_path.iterdir())
+    found = measure(parse_recipe(content, "test"), CPU, CPU, rounds=1)
+    assert set(tmp_path.iterdir()) == before
+    assert found.kept == 0.95  # one of the twenty scenes is empty
+    assert (found.batch_size, found.loaders) == (4, 0)
+    assert list(found.teachers) == ["small", "swin", "other"]
+    alone, both, _, last = found.stages
+    assert alone.plain == alone.cached == alone.online
+    assert [stage.evaluations for stage in found.stages] == [3, 1, 1, 2]
+    # 16 channels of 6 x 8 (6 x 6, 8 x 6) at P4, a byte each, and 4 bytes of scale
+    assert 16 * 36 + 64 <= last.read_bytes <= 16 * 48 + 64
+    assert both.read_bytes > 2 * last.read_bytes
+    assert both.online.compute > both.plain.compute + both.cached.load
