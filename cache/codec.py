@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache.int8 import encode_int8
 from cache.layout import Precision
 
 _INT8_MAX = 127
@@ -94,6 +93,8 @@ def encode(maps: Tensor, precision: Precision) -> Encoded:
 
 def _encode_int8(rows: Tensor, values: Tensor, scales: Tensor, signal: Tensor, noise: Tensor) -> None:
     """As `_encode_rows` for int8 on a CPU, on as many threads as torch has."""
+    from cache.int8 import encode_int8  # compiles: readers, and writers with a GPU, never need it
+
     arrays = [tensor.numpy() for tensor in (rows, values, scales, signal, noise)]
     parts = min(torch.get_num_threads(), -(-rows.numel() // _CPU_BLOCK), len(rows))
     if parts < 2:

@@ -1,6 +1,7 @@
 """int8 of maps on a CPU: compiled, for one pass to find a channel's peak and one for all the rest cost a third of eight.
 
-The operators of torch, which a GPU runs, take a pass each. The numbers are the same to the last bit.
+The operators of torch, which a GPU runs, take a pass each. The numbers are the same to the last bit. Importing this module
+compiles it, which takes a second: only who encodes on a CPU does.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ _ANY_ORDER = {"reassoc", "nsz"}
 Floats = npt.NDArray[np.float32]
 
 
-@numba.njit("UniTuple(float32, 2)(int32)", nogil=True, error_model="numpy", cache=True)
+@numba.njit("UniTuple(float32, 2)(int32)", nogil=True, error_model="numpy")
 def _step(peak: Any) -> Any:
     """(step, steps of one) of a channel whose largest magnitude has these bits."""
     step = np.int32(peak).view(np.float32) / _STEPS
@@ -29,7 +30,6 @@ def _step(peak: Any) -> Any:
     nogil=True,
     error_model="numpy",
     fastmath=_ANY_ORDER,
-    cache=True,
 )
 def _encode(rows: Any, bits: Any, smallest: Any, values: Any, scales: Any, signal: Any, noise: Any) -> None:
     for r in range(rows.shape[0]):
