@@ -4,7 +4,6 @@ Runs on whatever device the maps are on, so that only the small stored numbers l
 on every device: int4's clipping is chosen among candidates by counting, which no device rounds differently.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -69,7 +68,11 @@ def encode(maps: Tensor, precision: Precision) -> Encoded:
         values = torch.empty(count, columns, dtype=getattr(torch, _STORED[precision]), device=maps.device)
     scales, signal, noise = torch.empty(3, count, device=maps.device)
     if precision == "int8" and maps.device.type == "cpu":
-        _encode_int8(rows.float().contiguous(), values, scales, signal, noise)
+        from cache.int8 import encode_int8  # compiles: readers, and writers with a GPU, never need it
+
+        # one thread has it done before others have begun
+        numbers = rows.float().contiguous()
+        encode_int8(*(part.numpy() for part in (numbers, values, scales, signal, noise)), smallest=_SMALLEST)
     else:
         # a CPU makes several passes over each value: in blocks that stay in its cache, and in the same memory for all of
         # them, they cost a third
@@ -89,20 +92,6 @@ def encode(maps: Tensor, precision: Precision) -> Encoded:
         snr.float().cpu(),
         (torch.isfinite(signal) & torch.isfinite(noise)).cpu(),
     )
-
-
-def _encode_int8(rows: Tensor, values: Tensor, scales: Tensor, signal: Tensor, noise: Tensor) -> None:
-    """As `_encode_rows` for int8 on a CPU, on as many threads as torch has."""
-    from cache.int8 import encode_int8  # compiles: readers, and writers with a GPU, never need it
-
-    arrays = [tensor.numpy() for tensor in (rows, values, scales, signal, noise)]
-    parts = min(torch.get_num_threads(), -(-rows.numel() // _CPU_BLOCK), len(rows))
-    if parts < 2:
-        encode_int8(arrays[0], _SMALLEST, *arrays[1:])
-        return
-    with ThreadPoolExecutor(parts, thread_name_prefix="int8") as threads:
-        split = zip(*(np.array_split(array, parts) for array in arrays), strict=True)
-        list(threads.map(lambda own: encode_int8(own[0], _SMALLEST, *own[1:]), split))
 
 
 def _encode_rows(

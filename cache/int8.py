@@ -49,15 +49,15 @@ def _encode(rows: Any, bits: Any, smallest: Any, values: Any, scales: Any, signa
 
 
 def encode_int8(
-    rows: Floats, smallest: float, values: npt.NDArray[np.int8], scales: Floats, signal: Floats, noise: Floats
+    rows: Floats, values: npt.NDArray[np.int8], scales: Floats, signal: Floats, noise: Floats, *, smallest: float
 ) -> None:
     """Encode channels; holds no lock of Python's.
 
     Args:
         rows: (R, n) float32, contiguous.
-        smallest: a channel's peak counts as no less.
         values: (R, n); filled with the numbers, -127 to 127.
         scales: (R,); filled with the step, peak / 127.
         signal, noise: (R,); filled with the norms of a channel and of its error in steps; not finite where the channel is not.
+        smallest: a channel's peak counts as no less.
     """
     _encode(rows, rows.view(np.int32), np.float32(smallest).view(np.int32), values, scales, signal, noise)

@@ -76,7 +76,6 @@ def measure_job(recipe: Recipe, plans: Sequence[Plan], rounds: int = 3) -> Job:
     timed = measured.teachers
     return Job(
         images=round(_images(recipe.dataset.train, "train") * measured.kept),
-        views=len(recipe.policy),
         val_images=_images(recipe.dataset.val, "val"),
         student=at[1],
         teacher=at[0],

@@ -1,4 +1,4 @@
-"""What `mtpd plan` says: the plan of each teacher, and, where it was measured, what online, cached and hybrid targets cost."""
+"""What `mtpd plan` says: the plan of each teacher, and, where it was measured, what online and cached targets cost."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -172,7 +172,7 @@ def _show_cost(job: Job) -> None:
         for way in WAYS:
             of_all = total(spend(job, way, students))
             mark = " <" if way == cheapest(job, students) else ""
-            forwards, written = f"{of_all.teacher_forwards:,.0f}", size(of_all.written_bytes)
+            forwards, written = f"{of_all.teacher_forwards:,}", size(of_all.written_bytes)
             rows.append(
                 [f"{students}, {way}", f"{duration(of_all.seconds)}{mark}", forwards, written, size(of_all.read_bytes)]
             )
@@ -182,7 +182,7 @@ def _show_cost(job: Job) -> None:
     for number, stage in enumerate(job.stages):
         times = [duration(spent[way][number].seconds) for way in WAYS]
         epochs = break_even_epochs(job, stage)
-        pays = "" if not stage.teachers else "never" if epochs is None else f"{epochs} epochs"
+        pays = "" if not stage.teachers else "never" if epochs is None else f"epoch {epochs}"
         rate = f"{size(read_rate(job, stage))}/s" if stage.teachers else ""
         rows.append([f"{number + 1}: {' + '.join(stage.teachers) or 'no teacher'}", stage.epochs, *times, pays, rate])
     columns = ["stage", "epochs", *WAYS, "cached beats online from", "training reads"]

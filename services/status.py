@@ -180,13 +180,14 @@ def _stage_status(recipe: Recipe, stage: int) -> StageStatus:
     folder, spec = stage_dir(recipe, stage), recipe.stages[stage - 1]
     result: Any = read_json(folder / "result.json")
     pulse = read_pulse(folder)
+    last_sign = pulse.written if pulse else _modified(folder / "stage.json")
     if isinstance(result, dict):
         state: StageState = "done"
-    elif pulse is None:
-        state = "training" if _is_recent(_modified(folder / "stage.json")) else "not begun"
+    elif last_sign is None:
+        state = "not begun"
     else:
-        # an evaluation has no pulse, and may be long: it is not said of a stage that has stopped before
-        state = "training" if _is_recent(pulse.written) else "stopped"
+        # an evaluation has no pulse, and may be long: it is taken for a stop
+        state = "training" if _is_recent(last_sign) else "stopped"
     done = state == "done"
     return StageStatus(
         stage=stage,
@@ -197,7 +198,7 @@ def _stage_status(recipe: Recipe, stage: int) -> StageStatus:
         losses={} if pulse is None else pulse.losses,
         metrics=result.get("metrics", {}) if done else {},
         seconds_left=pulse.seconds_left if pulse and state == "training" else None,
-        last_sign=pulse.written if pulse else _modified(folder / "stage.json"),
+        last_sign=last_sign,
     )
 
 

@@ -1,21 +1,15 @@
-"""What it costs to give students their targets, in each of three ways, from seconds that were measured. Arithmetic only; ours.
+"""What it costs to give students their targets, in each of two ways, from seconds that were measured. Arithmetic only; ours.
 
 ``online``: the teachers run beside the student in every step. ``cached``: every row is computed once, before, and read from then
-on. ``hybrid``: a row is computed when a student first asks for it, stored, and read from then on.
-
-A student meets every image once an epoch, in one of V views at random. Of an image's rows V (1 - q^n), q = 1 - 1/V, are
-expected to be asked for in n epochs of students with seeds of their own (a later stage of the same student asks for the same
-again): so hybrid saves the forwards of rows that nobody asks for, and its student waits for those that are missing. Nothing
-runs beside something else here but what `Place.overlapped` says.
+on. Nothing runs beside something else here but what `Place.overlapped` says.
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Way = Literal["online", "cached", "hybrid"]
+Way = Literal["online", "cached"]
 WAYS: tuple[Way, ...] = get_args(Way)
 
 
@@ -114,7 +108,6 @@ class Job:
 
     Attributes:
         images: that the student trains on in an epoch; it may leave out images without objects.
-        views: of each image.
         start: of a stage: its process, data set and models.
         evaluate: a val image; ``val_images`` of them in an evaluation.
         workers, loaders: data-parallel workers, and loading processes of each (0: the worker itself).
@@ -123,7 +116,6 @@ class Job:
     """
 
     images: int
-    views: int
     val_images: int
     student: Place
     teacher: Place
@@ -161,13 +153,13 @@ class Spending:
 
     Attributes:
         precompute: wall seconds before the training, ``training`` of it.
-        teacher_forwards: (image, view)s that teachers look at, of all its teachers; expected ones where views are drawn.
+        teacher_forwards: (image, view)s that teachers look at, of all its teachers.
         written_bytes, read_bytes: to and from the cache.
     """
 
     precompute: float
     training: float
-    teacher_forwards: float
+    teacher_forwards: int
     written_bytes: float
     read_bytes: float
 
@@ -183,11 +175,10 @@ def spend(job: Job, way: Way, students: int = 1) -> tuple[Spending, ...]:
     A teacher's rows are paid for by the first stage that names it; those that are committed are not paid for.
     """
     paid: set[str] = set()
-    epochs: Counter[str] = Counter()  # of each student, with other draws in each
     spent = []
     for stage in job.stages:
         looks = students * stage.epochs * job.images
-        precompute = forwards = written = 0.0
+        precompute, forwards, written = 0.0, 0, 0.0
         training = students * job.training(stage, stage.online if way == "online" else stage.cached)
         for name in stage.teachers:
             of = job.teachers[name]
@@ -198,13 +189,6 @@ def spend(job: Job, way: Way, students: int = 1) -> tuple[Spending, ...]:
                 precompute += job.precompute(name)
                 forwards += of.todo
                 written += of.todo * of.row_bytes
-            elif way == "hybrid":
-                longest = max(epochs[name], stage.epochs)
-                missed = _missed(job, of, students * epochs[name], students * longest)
-                epochs[name] = longest
-                training += of.start * (missed > 0) + missed * (of.decode + of.compute + of.write)
-                forwards += missed
-                written += missed * of.row_bytes
             paid.add(name)
         read = 0.0 if way == "online" else looks * stage.read_bytes
         spent.append(Spending(precompute, training, forwards, written, read))
@@ -244,12 +228,6 @@ def break_even_students(job: Job) -> int | None:
         for stage in job.stages
     )
     return _first_above(sum(map(job.precompute, names)), saved)
-
-
-def _missed(job: Job, of: TeacherCost, before: int, after: int) -> float:
-    """Rows that are expected to be computed between so many epochs and so many, of those that were missing at the beginning."""
-    other = 1 - 1 / job.views
-    return job.images * job.views * (other**before - other**after) * of.todo / max(1, of.rows)
 
 
 def _first_above(cost: float, gain: float) -> int | None:

@@ -136,9 +136,8 @@ def _trial(recipe: Recipe, folder: Path) -> tuple[Recipe, int]:
         file.write_text(json.dumps(content))
         dataset[name] = split.model_copy(update={"ann_file": str(file)})
         drawn[name] = len(ids)
-    given = (
-        recipe.cache
-    )  # all that decides what a row is; a local folder, and what is done about missing rows, is left out
+    # all that decides what a row is; a local folder, and what is done about damage, is left out
+    given = recipe.cache
     cache = CacheSpec(
         uri=str(folder / "cache"), precision=given.precision, compression=given.compression, unit_rows=given.unit_rows
     )

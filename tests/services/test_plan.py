@@ -28,7 +28,6 @@ def test_what_is_measured_says_whether_caching_pays_and_writes_nothing(data: Pat
     assert {way: of["teacher_forwards"] for way, of in predicted.items()} == {
         "online": 7 * 19,
         "cached": 40,
-        "hybrid": 19,
     }
     assert predicted["cached"]["written_bytes"] == next(
         plan["bytes"] for plan in json.loads(result.stdout)["teachers"] if plan["teacher"] == "swin"

@@ -139,6 +139,9 @@ def test_stages_of_a_recipe(data: Path, tmp_path: Path) -> None:
     for written, expected in ((time.time(), "training"), (time.time() - 3600, "stopped")):
         pulse.write_text(json.dumps({**json.loads(pulse.read_text()), "written": written}))
         assert state.status(state.Target(open_storage(recipe.cache.uri), recipe)).stages[0].state == expected
+    # killed before its first pulse
+    pulse.unlink()
+    os.utime(stage_dir(recipe, 1) / "stage.json", (time.time() - 3600,) * 2)
     shown = CliRunner().invoke(app, ["status", str(file)], catch_exceptions=False).output
     assert "stopped" in shown
     assert "1:00:0" in shown
