@@ -1,6 +1,7 @@
 """The Ray cluster that a command runs on: the one at hand, or a local one for the command's own time."""
 
 import os
+import socket
 from pathlib import Path
 
 import ray
@@ -9,23 +10,52 @@ from cache import RecipeError
 from services import logs
 from trainer import Recipe
 
+_ANSWER_SECONDS = 10.0
+
 
 def connect(*, quiet: bool = False) -> None:
     """Connect to the cluster of ``RAY_ADDRESS`` or of this machine, or start a local one. Nothing if connected.
 
     Args:
         quiet: do not print what workers print; nor is it where logs are JSON, for Ray puts a prefix before each line.
+
+    Raises:
+        RecipeError: nothing answers at ``RAY_ADDRESS``.
     """
     if ray.is_initialized():
         return
     options = {"log_to_driver": not quiet and not logs.style(), "logging_level": "WARNING"}
     try:
+        _refuse_silent()
         ray.init(address="auto", **options)
     except ConnectionError:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster reports nothing to anyone
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it lives as long as this command and listens on loopback
         # a dashboard nobody looks at would take a tenth of two cores from the teachers
         ray.init(address="local", include_dashboard=False, **options)
+
+
+def _refuse_silent() -> None:
+    """Ray waits for minutes, without a word, for a cluster that is gone.
+
+    Raises:
+        RecipeError: nothing answers at ``RAY_ADDRESS``.
+        ConnectionError: nothing answers where a Ray of this machine was, which was killed.
+    """
+    given = os.environ.get("RAY_ADDRESS", "")
+    left = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    address = given or (left.read_text().strip() if left.is_file() else "")
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:  # "local", "auto", or none
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except OSError as error:
+        if not given:
+            raise ConnectionError(f"{address}: {error}") from error
+        raise RecipeError(
+            f"RAY_ADDRESS: no Ray answers at {given} ({error}). Start that cluster, or unset RAY_ADDRESS to work on this machine."
+        ) from error
 
 
 def refuse_temporary_paths(recipe: Recipe) -> None:

@@ -1,14 +1,17 @@
 """The command line: exit codes and messages, in processes of their own."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cache import BudgetError, LocalStorage
+from cache import BudgetError, LocalStorage, RecipeError
+from services import cluster
 from services.cli import app
 from tests import models
 
@@ -92,3 +95,22 @@ def test_a_plan_that_does_not_fit_the_disk_is_refused_unless_forced(data: Path, 
     assert "--force" in str(refused.exception)
     assert CliRunner().invoke(app, ["plan", str(file), "--force"]).exit_code == 0
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cluster_that_does_not_answer_ends_in_one_message(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(models.recipe(data, tmp_path), tmp_path)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # taken, but nobody listens
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(RecipeError, match=f"RAY_ADDRESS: no Ray answers at {address}"):
+            CliRunner().invoke(app, ["precompute", file], catch_exceptions=False)
+        # of a Ray that was killed the address stays behind: that is no cluster to wait for
+        monkeypatch.delenv("RAY_ADDRESS")
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        with pytest.raises(ConnectionError, match=address):
+            cluster._refuse_silent()
