@@ -1,8 +1,11 @@
 """`mtpd plan --measure`, with the cluster that it starts."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+import ray
 import yaml
 from typer.testing import CliRunner
 
@@ -10,6 +13,13 @@ from services.cli import app
 from tests import models
 from tests.trainer import precompute
 from trainer import parse_recipe
+
+
+@pytest.fixture(autouse=True)
+def _ended() -> Iterator[None]:
+    """The command runs in this process, whose next tests want a cluster of their own."""
+    yield
+    ray.shutdown()
 
 
 def test_what_is_measured_says_whether_caching_pays_and_writes_nothing(data: Path, tmp_path: Path) -> None:
