@@ -108,7 +108,8 @@ def _images(split: SplitSpec, name: str) -> int:
 def _share(cpus: float | None, gpus: float | None, count: int) -> Share:
     given = cluster.share(cpus, "CPU", count)
     # Ray gives a process as many threads as processors, unless the user says otherwise
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(given))
+    named = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is for nested regions
+    threads = (int(named) if named.isdigit() else 0) or max(1, int(given))
     return Share(given, cluster.share(gpus, "GPU", count), threads)
 
 
