@@ -3,6 +3,7 @@
 import json
 import re
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from mmengine.config import Config
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from cache import MissingRowsError, RecipeError, TeacherCache, differences
 from trainer.annotations import read_annotations
@@ -24,7 +25,8 @@ from trainer.recipe import Recipe
 from trainer.stage_config import TargetSource, stage_config, stage_dir, student_config
 
 _BEGUN = "stage.json"
-_STORED = re.compile(r"\.fingerprint\.(levels|dense|head)[:.]|\.head\.fingerprint\b")
+# the same targets may come from a group that stores more or less of them; how many checkpoints are kept is free
+_FREE = re.compile(r"\.fingerprint\.(levels|dense|head)[:.]|\.head\.fingerprint\b|default_hooks\.checkpoint\b")
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def train_stage(
     if launcher != "none" and not torch.cuda.is_available():
         # mmengine hands DDP a GPU's number by default, which a model on the CPU refuses
         cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
-    if find_latest_checkpoint(str(folder)) is not None:
-        cfg.resume = True
+    cfg.load_from = _latest_checkpoint(folder)
+    cfg.resume = cfg.load_from is not None
     started = time.monotonic()
     runner = Runner.from_cfg(cfg)
     record = _StageRecord(folder / "progress.json", report)
@@ -136,6 +138,13 @@ def open_stage(recipe: Recipe, stage: int, targets: TargetSource = "cache") -> t
     return cfg, None
 
 
+def _latest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of a stage: what a kill cut short is passed over, which mmengine's own record may name."""
+    written = {int(number): file for file in folder.glob("epoch_*.pth") if (number := file.stem[6:]).isdigit()}
+    # a zip's directory is at its end
+    return next((str(written[n]) for n in sorted(written, reverse=True) if zipfile.is_zipfile(written[n])), None)
+
+
 def _nothing_found(cfg: Config) -> dict[str, float]:
     """The metrics of a student that detects nothing at all, for which mmdet's CocoMetric gives none."""
     kinds = cfg.val_evaluator.metric
@@ -166,8 +175,7 @@ def _refuse_other_recipe(folder: Path, cfg: Config) -> None:
     if not file.exists():
         return
     found = differences(json.loads(file.read_text()), plain(cfg.to_dict()))
-    # the same targets may come from a group that stores more or less of them
-    if differing := [line for line in found if not _STORED.search(line)]:
+    if differing := [line for line in found if not _FREE.search(line)]:
         shown = "\n  ".join(differing[:8])
         raise RecipeError(
             f"work_dir: {folder} holds a stage that was begun with another recipe:\n  {shown}\nChoose another work_dir, "

@@ -202,7 +202,8 @@ def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations, workers: int
     cfg.optim_wrapper.setdefault("clip_grad", None)
     if cfg.optim_wrapper.clip_grad is None:
         cfg.optim_wrapper.clip_grad = dict(max_norm=_CLIP_NORM, norm_type=2)
-    cfg.default_hooks.checkpoint = dict(type="CheckpointHook", interval=1, max_keep_ckpts=1)
+    # two: mmengine deletes what is too many before it writes
+    cfg.default_hooks.checkpoint = dict(type="CheckpointHook", interval=1, max_keep_ckpts=2)
 
 
 def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInfo], targets: TargetSource) -> None:

@@ -247,6 +247,9 @@ def test_a_stage_killed_and_started_again_ends_as_an_undisturbed_one(data: Path,
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, "it was done before it could be killed"
     assert not (folder / "result.json").exists()
+    # as a kill in the midst of writing leaves the newest one, the one before it deleted long ago
+    newest = max(folder.glob("epoch_*.pth"), key=lambda path: int(path.stem.removeprefix("epoch_")))
+    os.truncate(newest, newest.stat().st_size // 2)
     result = train_stage(killed, 1)
     assert result.metrics == expected.metrics
     a, b = (read_weights(r.student, "test") for r in (expected, result))
