@@ -15,6 +15,7 @@ with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
     register_all_modules(init_default_scope=True)
 
 from trainer.annotations import Annotations, read_annotations
+from trainer.batches import TotalBatchSampler, ViewSampler, epoch_batches, epoch_order, share
 from trainer.compute import Failure, UnitComputer
 from trainer.cost import (
     WAYS,
@@ -31,7 +32,7 @@ from trainer.cost import (
     spend,
     total,
 )
-from trainer.dataset import ViewedDataset, ViewSampler, epoch_order
+from trainer.dataset import ViewedDataset
 from trainer.distiller import Distiller
 from trainer.evaluate import evaluate_teacher, evaluation_loader, refuse_other_classes
 from trainer.groups import teacher_info, wanted_record
@@ -106,6 +107,7 @@ __all__ = [
     "TeacherOutput",
     "TeacherSeconds",
     "TeacherSpec",
+    "TotalBatchSampler",
     "UnitComputer",
     "ViewSampler",
     "ViewedDataset",
@@ -119,6 +121,7 @@ __all__ = [
     "compare_sample",
     "describe",
     "draw_row",
+    "epoch_batches",
     "epoch_order",
     "evaluate_teacher",
     "evaluation_loader",
@@ -135,6 +138,7 @@ __all__ = [
     "read_pulse",
     "refuse_other_classes",
     "select_teachers",
+    "share",
     "spend",
     "stage_config",
     "stage_dir",

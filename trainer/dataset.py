@@ -1,15 +1,12 @@
-"""The training set as (image, view) pairs, and the order in which a student meets them."""
+"""The training set as (image, view) pairs."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-from mmdet.registry import DATA_SAMPLERS, DATASETS
+from mmdet.registry import DATASETS
 from mmengine.dataset import BaseDataset
-from mmengine.dist import get_dist_info
 from mmengine.logging import print_log
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from cache import CorruptShardError
 
@@ -65,38 +62,3 @@ class ViewedDataset(Dataset[dict[str, Any]]):
         raise ValueError(
             "the training pipeline refuses every image of the data set, or every row of the cache is damaged"
         )
-
-
-@DATA_SAMPLERS.register_module()
-class ViewSampler(Sampler[int]):
-    """Every image once an epoch, each in a random view: what a random flip does, as a pure function of (seed, epoch).
-
-    Args:
-        dataset: a `ViewedDataset`.
-        seed: of the order and of the views.
-    """
-
-    def __init__(self, dataset: ViewedDataset, seed: int | None = None) -> None:
-        self.dataset = dataset
-        self.seed = seed or 0
-        self.epoch = 0
-        self._rank, self._world = get_dist_info()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by mmengine before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-(len(self.dataset) // self.dataset.views) // self._world)
-
-    def __iter__(self) -> Iterator[int]:
-        items = epoch_order(len(self.dataset) // self.dataset.views, self.dataset.views, self.seed, self.epoch)
-        # every rank takes the same number: the first items serve twice where they do not divide
-        padded = np.resize(items, len(self) * self._world)
-        return iter(padded[self._rank :: self._world].tolist())
-
-
-def epoch_order(images: int, views: int, seed: int, epoch: int) -> np.ndarray:
-    """Items of one epoch in the order of training: (images,) int64, ``image * views + view``."""
-    rng = np.random.default_rng((seed, epoch))
-    return rng.permutation(images) * views + rng.integers(views, size=images)

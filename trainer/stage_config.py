@@ -53,7 +53,7 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
     infos = [teacher_info(recipe, name) for name in spec.teachers]
     _set_data(cfg, recipe, train, stage, infos if targets == "cache" else [])
     _set_evaluation(cfg, recipe)
-    _set_schedule(cfg, spec, train, recipe.training.workers)
+    _set_schedule(cfg, spec, train)
     _set_model(cfg, recipe, stage, infos, targets)
     _set_visualizer(cfg, stage_dir(recipe, stage))
     cfg.custom_imports = dict(imports=["trainer"], allow_failed_imports=False)
@@ -119,7 +119,11 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cache
             pipeline=pipeline,
         ),
     )
+    # mmdet's own kind keeps upright and lying images apart too, but in each worker's share alone
+    by_shape = (cfg.train_dataloader.get("batch_sampler") or {}).get("type") == "AspectRatioBatchSampler"
     cfg.train_dataloader.sampler = dict(type="ViewSampler")
+    cfg.train_dataloader.batch_sampler = dict(type="TotalBatchSampler", by_shape=by_shape)
+    cfg.train_dataloader.pop("drop_last", None)
 
 
 def _set_evaluation(cfg: Config, recipe: Recipe) -> None:
@@ -178,7 +182,7 @@ def _suit_loader(cfg: Config, recipe: Recipe) -> None:
         loader.pin_memory = True
 
 
-def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations, workers: int) -> None:
+def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations) -> None:
     before = cfg.train_cfg.get("max_epochs")
     if before is None:
         raise RecipeError("student.config: its training is not counted in epochs (train_cfg.max_epochs).")
@@ -187,7 +191,7 @@ def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations, workers: int
     )
     ratio = spec.epochs / before
     images = train.images.ids.size
-    iterations = spec.epochs * max(1, images // (cfg.train_dataloader.batch_size * workers))
+    iterations = spec.epochs * max(1, images // cfg.train_dataloader.batch_size)
     for scheduler in cfg.param_scheduler:
         if not scheduler.get("by_epoch", True):
             scheduler.end = min(scheduler.get("end", iterations), max(1, int(iterations * _WARM_UP_SHARE)))
