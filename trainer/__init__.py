@@ -36,6 +36,7 @@ from trainer.dataset import ViewedDataset
 from trainer.distiller import Distiller
 from trainer.evaluate import evaluate_teacher, evaluation_loader, refuse_other_classes
 from trainer.groups import teacher_info, wanted_record
+from trainer.loop import ResumableEpochLoop, SeedStepHook, StageCheckpointHook
 from trainer.measure import Measured, TeacherSeconds, measure
 from trainer.mechanisms import Batch
 from trainer.needs import Needs, needs_of
@@ -59,6 +60,7 @@ from trainer.scenes import CLASSES, SceneOptions, generate
 from trainer.specs import SplitSpec, StageSpec, TeacherSpec
 from trainer.stage import StageResult, open_stage, train_stage
 from trainer.stage_config import TargetSource, stage_config, stage_dir
+from trainer.step import AutocastOptimWrapper, DistributedDistiller
 from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
 from trainer.teacher import Teacher, TeacherOutput, describe, fingerprint_record, head_file
 from trainer.transforms import ApplyView, LoadTeacherTargets
@@ -72,10 +74,12 @@ __all__ = [
     "Annotations",
     "ApplySampledView",
     "ApplyView",
+    "AutocastOptimWrapper",
     "Batch",
     "CachedMaps",
     "Cost",
     "Distiller",
+    "DistributedDistiller",
     "Energy",
     "Failure",
     "Job",
@@ -89,13 +93,16 @@ __all__ = [
     "Place",
     "Pulse",
     "Recipe",
+    "ResumableEpochLoop",
     "SampleReport",
     "SceneOptions",
+    "SeedStepHook",
     "SeenObject",
     "Selection",
     "Sight",
     "Spending",
     "SplitSpec",
+    "StageCheckpointHook",
     "StageCost",
     "StageResult",
     "StageSpec",

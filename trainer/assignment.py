@@ -7,8 +7,9 @@ import torch
 from mmdet.models.dense_heads import FCOSHead
 from mmdet.models.utils import unpack_gt_instances
 from mmdet.structures import DetDataSample
-from mmdet.utils import reduce_mean
 from torch import Tensor, nn
+
+from trainer import parts
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Assignment:
         labels: per level (N, H * W * A) int64, a class; the number of classes for the background.
         weights: per level (N, H * W * A) float32, zero where the head ignores a position: between its thresholds, or outside
             an image's own padded view.
-        average: scalar float32, what the head divides its losses by, averaged over ranks: the number of positives, for FCOS
-            the sum of their centerness.
+        average: scalar float32, what the head divides its losses by, summed over all parts of the step: the number of
+            positives, for FCOS the sum of their centerness.
     """
 
     labels: list[Tensor]
@@ -45,8 +46,10 @@ def assign(
         positive = torch.cat(flat) < head.num_classes
         centerness = head.centerness_target(torch.cat(boxes)[positive]).sum()
         weights = [torch.ones_like(of_level, dtype=torch.float32) for of_level in labels]
-        return Assignment(labels, weights, reduce_mean(centerness).clamp(min=1e-6))
+        return Assignment(labels, weights, parts.whole(centerness).clamp(min=1e-6))
     anchors, valid = head.get_anchors(sizes, meta, device=device)
     # anchor-free assigners of this family put the anchors first: the rest is counted from the end
-    *_, labels, weights, _, _, count = head.get_targets(anchors, valid, truth, meta, batch_gt_instances_ignore=ignored)
-    return Assignment(labels, weights, reduce_mean(torch.tensor(float(count), device=device)).clamp(min=1))
+    # of the class: what the head itself calls has summed the count over parts already
+    targets = type(head).get_targets(head, anchors, valid, truth, meta, batch_gt_instances_ignore=ignored)
+    *_, labels, weights, _, _, count = targets
+    return Assignment(labels, weights, parts.whole(torch.tensor(float(count), device=device)).clamp(min=1))

@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from mmdet.registry import MODELS
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
 from cache import Level, RecipeError, find_group, open_storage, read_head
 from trainer.capture import captured, flatten, measure_levels, recorded
 from trainer.checkpoint import inherit, load_strict, read_weights
 from trainer.mechanisms import MECHANISMS, Batch, Mechanism
+from trainer.mechanisms.draws import SampledBoxes
 from trainer.specs import TeacherSpec
+from trainer.step import take_step
+from trainer.student_losses import sum_over_parts
 from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
 from trainer.teacher import Teacher
 
@@ -41,6 +45,8 @@ class Distiller(BaseModel):
         checkpoint: weights of the student to start from.
         inherit_from: a teacher's checkpoint whose neck and heads the student takes over.
         input_scale: the student's inputs are the views resized by this factor; targets are of the whole views.
+        batch_size: samples of a step of all workers together; None where this process is the only one.
+        micro_batch: the most samples of one forward pass in training; None puts a worker's whole share into one.
 
     Attributes:
         input_scale: multiplies boxes in pixels of a view into boxes in pixels of the student's input.
@@ -55,6 +61,8 @@ class Distiller(BaseModel):
         checkpoint: str | None = None,
         inherit_from: str | None = None,
         input_scale: float = 1.0,
+        batch_size: int | None = None,
+        micro_batch: int | None = None,
     ) -> None:
         detector = MODELS.build(student)
         if getattr(detector.data_preprocessor, "batch_augments", None):
@@ -72,6 +80,9 @@ class Distiller(BaseModel):
         preprocessor = _Preprocessor(detector.data_preprocessor, live, detect="detections" in self._needs)
         super().__init__(data_preprocessor=preprocessor)
         self.student = detector
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.adds_up = sum_over_parts(detector)
+        self._sampled = SampledBoxes(detector)
         self.capture = list(capture) if mechanisms else []
         self.input_scale = input_scale
         self._checkpoint, self._inherit_from = checkpoint, inherit_from
@@ -125,8 +136,17 @@ class Distiller(BaseModel):
                 f"{', '.join(result.left) or 'none'}"
             )
 
+    def train_step(self, data: Any, optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
+        """One optimiser step; see `take_step`."""
+        return take_step(self, self, data, optim_wrapper)
+
     def forward(self, inputs: Tensor, data_samples: list[Any] | None = None, mode: str = "tensor") -> Any:
-        """As any mmdet detector; with ``mode="loss"`` the mechanisms' losses join the student's."""
+        """As any mmdet detector; with ``mode="loss"`` the mechanisms' losses join the student's.
+
+        Losses are this part's addends of those of the step: see `trainer.parts`.
+        """
+        if mode == "loss":
+            self._sampled.begin(data_samples or [])
         if mode != "loss" or not self.mechanisms:
             return self.student(inputs, data_samples, mode=mode)
         samples = data_samples or []

@@ -304,10 +304,60 @@ class OrderSpec(Spec):
     epochs: PositiveInt = 12
 
 
-class TrainingSpec(Spec):
-    """How students are trained: data-parallel workers, the GPUs of each (one if the cluster has any), the seed."""
+class WorkersSpec(Spec):
+    """As many workers as the cluster has room for, between ``min`` and ``max``."""
 
-    workers: PositiveInt = 1
+    min: PositiveInt = 1
+    max: PositiveInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkersSpec":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+
+class TrainingSpec(Spec):
+    """How students are trained.
+
+    Attributes:
+        workers: data-parallel workers: a number, or ``{min, max}``. The result is that of one worker up to rounding.
+        gpus: of each worker; by default one if the cluster has any.
+        cpus: of each worker.
+        batch_size: samples of an optimiser step, of all workers together; by default what the student's config has as
+            ``train_dataloader.batch_size``.
+        micro_batch: the most samples of one forward pass: a share that is larger is cut, and its gradients are added up. A step then
+            costs a forward pass without gradients more.
+        amp: mixed precision; ``none`` is float32. By default as the student's config has it.
+        checkpoint_steps: a checkpoint so often within an epoch, beside the one at each epoch's end.
+        max_failures: of workers or their nodes, one after the other without a new checkpoint, until a stage is given up.
+        seed: of everything that is drawn.
+    """
+
+    workers: PositiveInt | WorkersSpec = 1
     gpus: Annotated[float, Field(ge=0)] | None = None
     cpus: PositiveFloat | None = None
+    batch_size: PositiveInt | None = None
+    micro_batch: PositiveInt | None = None
+    amp: Literal["none", "float16", "bfloat16"] | None = None
+    checkpoint_steps: PositiveInt | None = None
+    max_failures: Annotated[int, Field(ge=0)] = 3
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> "TrainingSpec":
+        if self.batch_size is not None and self.batch_size < self.max_workers:
+            raise ValueError(
+                f"batch_size is that of all workers together: {self.max_workers} workers cannot share {self.batch_size} samples"
+            )
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that a stage is trained with."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that a stage is trained with."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max

@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import all_reduce
+from mmengine.dist import all_reduce, broadcast_object_list, get_rank
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from cache import MissingRowsError, RecipeError, TeacherCache, differences
@@ -25,8 +24,11 @@ from trainer.recipe import Recipe
 from trainer.stage_config import TargetSource, stage_config, stage_dir, student_config
 
 _BEGUN = "stage.json"
-# the same targets may come from a group that stores more or less of them; how many checkpoints are kept is free
-_FREE = re.compile(r"\.fingerprint\.(levels|dense|head)[:.]|\.head\.fingerprint\b|default_hooks\.checkpoint\b")
+# the same targets may come from a group that stores more or less of them; how often a checkpoint is written, and in how many
+# pieces a share is trained on, makes no difference
+_FREE = re.compile(
+    r"\.fingerprint\.(levels|dense|head)[:.]|\.head\.fingerprint\b|default_hooks\.checkpoint\b|model\.micro_batch\b"
+)
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,17 @@ def train_stage(
         return done
     folder = stage_dir(recipe, stage)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / _BEGUN, plain(cfg.to_dict()))
+    if get_rank() == 0:
+        _write(folder / _BEGUN, plain(cfg.to_dict()))
     # formatting its text takes a second, and mmengine asks for it in the log, in every backend and at every checkpoint
     cfg = Config(cfg.to_dict(), filename=cfg.filename, format_python_code=False)
     cfg.launcher = launcher
-    if launcher != "none" and not torch.cuda.is_available():
-        # mmengine hands DDP a GPU's number by default, which a model on the CPU refuses
-        cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
-    cfg.load_from = _latest_checkpoint(folder)
+    if torch.cuda.is_available() and recipe.stages[stage - 1].teachers and targets == "cache":
+        cfg.train_dataloader.pin_memory = True
+    # of one worker: what each saw of a shared folder might differ
+    chosen = [_latest_checkpoint(folder)]
+    broadcast_object_list(chosen)
+    cfg.load_from = chosen[0]
     cfg.resume = cfg.load_from is not None
     started = time.monotonic()
     runner = Runner.from_cfg(cfg)
@@ -95,8 +100,6 @@ def train_stage(
     runner.register_hook(record, priority="VERY_LOW")
     runner.register_hook(PulseHook(folder, listen), priority="VERY_LOW")
     runner.train()
-    if record.metrics is None:  # killed between the last checkpoint and its evaluation
-        runner.val()
     distiller = runner.model.module if hasattr(runner.model, "module") else runner.model
     student_file = folder / "student.pth"
     result = StageResult(
@@ -105,8 +108,8 @@ def train_stage(
         epochs=recipe.stages[stage - 1].epochs,
         metrics=_nothing_found(cfg) | (record.metrics or {}),
         seconds=record.seconds_before + time.monotonic() - started,
-        images=recipe.stages[stage - 1].epochs * len(runner.train_dataloader.dataset.dataset),
-        teacher_forwards=record.forwards_before + distiller.teacher_forwards * runner.world_size,
+        images=runner.max_iters * cfg.train_dataloader.batch_size,
+        teacher_forwards=record.forwards_before + _over_ranks(distiller.teacher_forwards),
         damaged_rows=record.damaged_before + _over_ranks(distiller.damaged_rows),
         student=str(student_file),
     )
@@ -140,7 +143,7 @@ def open_stage(recipe: Recipe, stage: int, targets: TargetSource = "cache") -> t
 
 def _latest_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint of a stage: what a kill cut short is passed over, which mmengine's own record may name."""
-    written = {int(number): file for file in folder.glob("epoch_*.pth") if (number := file.stem[6:]).isdigit()}
+    written = {int(number): file for file in folder.glob("iter_*.pth") if (number := file.stem[5:]).isdigit()}
     # a zip's directory is at its end
     return next((str(written[n]) for n in sorted(written, reverse=True) if zipfile.is_zipfile(written[n])), None)
 
@@ -195,17 +198,6 @@ def _over_ranks(count: int) -> int:
     return int(total)
 
 
-@HOOKS.register_module()
-class SeedEpochHook(Hook):
-    """Seed torch's generator before each epoch, so that a resumed stage draws what an undisturbed one draws."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def before_train_epoch(self, runner: Runner) -> None:
-        torch.manual_seed(self.seed * 1_000_003 + runner.epoch)
-
-
 class _StageRecord(Hook):
     """Keep what a stage's result needs across a kill: seconds, forwards, and the metrics of the last evaluation."""
 
@@ -222,9 +214,9 @@ class _StageRecord(Hook):
     def after_train_epoch(self, runner: Runner) -> None:
         model = runner.model.module if hasattr(runner.model, "module") else runner.model
         damaged = self.damaged_before + _over_ranks(model.damaged_rows)
+        forwards = self.forwards_before + _over_ranks(model.teacher_forwards)
         if runner.rank == 0:
             seconds = self.seconds_before + time.monotonic() - self._started
-            forwards = self.forwards_before + model.teacher_forwards * runner.world_size
             _write(self._file, dict(seconds=seconds, teacher_forwards=forwards, damaged_rows=damaged))
         if self._report is not None:
             scalars = runner.message_hub.log_scalars

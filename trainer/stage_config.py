@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from mmengine.config import Config
 
 from cache import GroupInfo, RecipeError
@@ -13,7 +12,7 @@ from trainer.config import load_config, nested, plain_dict, set_classes
 from trainer.groups import teacher_info
 from trainer.needs import needs_of
 from trainer.recipe import Recipe
-from trainer.specs import StageSpec
+from trainer.specs import StageSpec, TrainingSpec
 from trainer.transforms import view_config
 
 TargetSource = Literal["cache", "online"]
@@ -51,13 +50,15 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
         raise RecipeError("dataset: train and val have different categories; give both files the same `categories`.")
     set_classes(cfg.model, len(train.classes))
     infos = [teacher_info(recipe, name) for name in spec.teachers]
+    _set_batches(cfg, recipe.training)
     _set_data(cfg, recipe, train, stage, infos if targets == "cache" else [])
     _set_evaluation(cfg, recipe)
     _set_schedule(cfg, spec, train)
+    cfg.default_hooks.checkpoint = dict(type="StageCheckpointHook", steps=recipe.training.checkpoint_steps)
     _set_model(cfg, recipe, stage, infos, targets)
     _set_visualizer(cfg, stage_dir(recipe, stage))
     cfg.custom_imports = dict(imports=["trainer"], allow_failed_imports=False)
-    cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="SeedEpochHook", seed=recipe.training.seed)]
+    cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="SeedStepHook", seed=recipe.training.seed)]
     cfg.randomness = dict(seed=recipe.training.seed)
     cfg.work_dir = str(stage_dir(recipe, stage))
     cfg.load_from, cfg.resume = None, False
@@ -68,9 +69,11 @@ def student_config(cfg: Config) -> Config:
     """The student's config on its own: what stock mmdet loads the student's checkpoint with."""
     alone = Config(cfg.to_dict())
     alone.model = alone.model.student
-    for key in ("custom_imports", "custom_hooks", "launcher"):
+    for key in ("custom_imports", "custom_hooks", "launcher", "model_wrapper_cfg"):
         alone.pop(key, None)
     alone.train_dataloader = alone.val_dataloader
+    alone.train_cfg.type = "EpochBasedTrainLoop"
+    alone.default_hooks.checkpoint = dict(type="CheckpointHook", interval=1)
     alone.resume = False
     return alone
 
@@ -119,11 +122,44 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cache
             pipeline=pipeline,
         ),
     )
+
+
+def _set_batches(cfg: Config, training: TrainingSpec) -> None:
+    """Total batches, how they are shared out and cut, and in which precision they are computed."""
+    loader, optimiser = cfg.train_dataloader, cfg.optim_wrapper
+    if optimiser.get("accumulative_counts", 1) > 1:
+        raise RecipeError(
+            "student.config: optim_wrapper.accumulative_counts: here the total batch is training.batch_size, which "
+            "training.micro_batch cuts into what fits. Set it to 1: student.cfg_options: {optim_wrapper.accumulative_counts: 1}"
+        )
+    loader.batch_size = training.batch_size or loader.batch_size
+    if loader.batch_size < training.max_workers:
+        raise RecipeError(
+            f"training.workers: {training.max_workers} workers cannot share a total batch of {loader.batch_size}. Take fewer "
+            "workers, or a larger training.batch_size."
+        )
     # mmdet's own kind keeps upright and lying images apart too, but in each worker's share alone
-    by_shape = (cfg.train_dataloader.get("batch_sampler") or {}).get("type") == "AspectRatioBatchSampler"
-    cfg.train_dataloader.sampler = dict(type="ViewSampler")
-    cfg.train_dataloader.batch_sampler = dict(type="TotalBatchSampler", by_shape=by_shape)
-    cfg.train_dataloader.pop("drop_last", None)
+    by_shape = (loader.get("batch_sampler") or {}).get("type") == "AspectRatioBatchSampler"
+    loader.sampler = dict(type="ViewSampler")
+    loader.batch_sampler = dict(type="TotalBatchSampler", by_shape=by_shape)
+    loader.pop("drop_last", None)
+    # mmengine would count the total batch once for each worker
+    scaling = cfg.get("auto_scale_lr") or {}
+    if scaling.get("enable"):
+        optimiser.optimizer.lr *= loader.batch_size / scaling.base_batch_size
+        scaling.enable = False
+    if training.amp is not None:
+        for key in ("loss_scale", "dtype"):
+            optimiser.pop(key, None)
+        kinds = dict(
+            none=dict(type="OptimWrapper"),
+            bfloat16=dict(type="AutocastOptimWrapper"),
+            float16=dict(type="AmpOptimWrapper", dtype="float16"),
+        )
+        optimiser.update(kinds[training.amp])
+    cfg.model_wrapper_cfg = dict(
+        type="DistributedDistiller", find_unused_parameters=cfg.get("find_unused_parameters", False)
+    )
 
 
 def _set_evaluation(cfg: Config, recipe: Recipe) -> None:
@@ -178,8 +214,6 @@ def _suit_loader(cfg: Config, recipe: Recipe) -> None:
     loader = cfg.train_dataloader
     if "://" in recipe.cache.uri and loader.get("num_workers", 0):
         loader.multiprocessing_context = "forkserver"  # the client of an object storage does not survive a fork
-    if torch.cuda.is_available():
-        loader.pin_memory = True
 
 
 def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations) -> None:
@@ -187,7 +221,7 @@ def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations) -> None:
     if before is None:
         raise RecipeError("student.config: its training is not counted in epochs (train_cfg.max_epochs).")
     cfg.train_cfg = dict(
-        type="EpochBasedTrainLoop", max_epochs=spec.epochs, val_interval=cfg.train_cfg.get("val_interval", 1)
+        type="ResumableEpochLoop", max_epochs=spec.epochs, val_interval=cfg.train_cfg.get("val_interval", 1)
     )
     ratio = spec.epochs / before
     images = train.images.ids.size
@@ -206,8 +240,6 @@ def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations) -> None:
     cfg.optim_wrapper.setdefault("clip_grad", None)
     if cfg.optim_wrapper.clip_grad is None:
         cfg.optim_wrapper.clip_grad = dict(max_norm=_CLIP_NORM, norm_type=2)
-    # two: mmengine deletes what is too many before it writes
-    cfg.default_hooks.checkpoint = dict(type="CheckpointHook", interval=1, max_keep_ckpts=2)
 
 
 def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInfo], targets: TargetSource) -> None:
@@ -224,6 +256,8 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInf
         capture=list(student.capture),
         checkpoint=checkpoint,
         input_scale=student.input_scale,
+        batch_size=cfg.train_dataloader.batch_size,
+        micro_batch=recipe.training.micro_batch,
     )
     distiller["teachers"] = {}
     for info in infos:

@@ -242,13 +242,13 @@ def test_a_stage_killed_and_started_again_ends_as_an_undisturbed_one(data: Path,
         [sys.executable, "-c", code, str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     folder = stage_dir(killed, 1)
-    while not (folder / "epoch_2.pth").exists() and child.poll() is None:
+    while not (folder / "iter_10.pth").exists() and child.poll() is None:
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, "it was done before it could be killed"
     assert not (folder / "result.json").exists()
     # as a kill in the midst of writing leaves the newest one, the one before it deleted long ago
-    newest = max(folder.glob("epoch_*.pth"), key=lambda path: int(path.stem.removeprefix("epoch_")))
+    newest = max(folder.glob("iter_*.pth"), key=lambda path: int(path.stem.removeprefix("iter_")))
     os.truncate(newest, newest.stat().st_size // 2)
     result = train_stage(killed, 1)
     assert result.metrics == expected.metrics

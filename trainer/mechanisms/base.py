@@ -1,7 +1,7 @@
 """What every mechanism shares: what it sees of a step, levels paired by stride, adapters, masked reductions, the registry."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from cache import DenseLevel, Detections, Level, RecipeError
+from trainer import parts
 
 Need = Literal["features", "dense", "detections", "head"]
 MECHANISMS = Registry("distillation mechanism", locations=["trainer.mechanisms"])
@@ -79,7 +80,7 @@ class Mechanism(nn.Module):
             return self.loss_weight * self.loss(batch)
 
     def loss(self, batch: Batch) -> Tensor:
-        """The unweighted loss, a scalar."""
+        """The unweighted loss, a scalar: this part's addend of the whole batch's, see `trainer.parts`."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
@@ -141,15 +142,22 @@ class LevelMechanism(Mechanism):
 
 
 def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of (N, C, H, W) over the channels and the valid positions."""
-    return (values * valid).sum() / (valid.sum() * values.shape[1])
+    """This part's addend of the mean of (N, C, H, W) over the channels and the whole batch's valid positions."""
+    return (values * valid).sum() / (parts.whole(valid.sum()) * values.shape[1])
 
 
-def moments(maps: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance (1, C, 1, 1) of each channel of (N, C, H, W) over the batch's valid positions."""
+def moments(maps: Tensor, valid: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance (1, C, 1, 1) of each channel of (N, C, H, W) over the whole batch's valid positions.
+
+    Args:
+        total: how sums over parts are taken: see `trainer.parts`.
+    """
     count = valid.sum()
     mean = (maps * valid).sum(dim=(0, 2, 3), keepdim=True) / count
-    variance = ((maps - mean).square() * valid).sum(dim=(0, 2, 3), keepdim=True) / count
+    squares = ((maps - mean).square() * valid).sum(dim=(0, 2, 3), keepdim=True)
+    if parts.count() == 1:
+        return mean, squares / count
+    _, mean, variance = parts.combined(count, mean, squares, total)
     return mean, variance
 
 

@@ -2,7 +2,8 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from mmdet.models.dense_heads import ATSSHead, FCOSHead, GFLHead, RetinaHead
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cache import Level, RecipeError, level_name
+from trainer import parts
 from trainer.assignment import assign
 from trainer.dense import check_dense, decode, dense_shape, flat_outputs, same_priors, strides
 from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism, pair
@@ -139,7 +141,7 @@ class CrossKDLoss(Mechanism):
             kl = (
                 knowledge_distillation_kl_div_loss(ours, told, reduction="none", T=1) * ours.shape[1]
             )  # a sum over bins
-            return loss + reg * (kl * trust.repeat_interleave(4)).sum() / (4 * trust.sum())
+            return loss + reg * (kl * trust.repeat_interleave(4)).sum() / (4 * parts.whole(trust.sum()))
         overlap = iou_loss if family is FCOSHead else giou_loss
         loss = loss + reg * overlap(seen["q_box"], seen["p_box"], trust, avg_factor=average)
         if family is ATSSHead:
@@ -228,20 +230,26 @@ def _matched(ours: _Towers, theirs: _Towers) -> _Towers:
     matched: _Towers = [[[] for _ in of_image] for of_image in ours]
     for level in range(len(ours[0])):
         for branch in range(2):
-            mean, deviation = _moments([of_image[level][branch] for of_image in ours])
-            their_mean, their_deviation = _moments([of_image[level][branch] for of_image in theirs])
+            joint = partial(parts.joint, what="CrossKDLoss")
+            mean, deviation = _moments([of_image[level][branch] for of_image in ours], joint)
+            their_mean, their_deviation = _moments([of_image[level][branch] for of_image in theirs], parts.whole)
             for out, of_image in zip(matched, ours, strict=True):
                 normed = (of_image[level][branch] - mean) / (deviation + 1e-6)
                 out[level].append(normed * their_deviation + their_mean)
     return matched
 
 
-def _moments(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel over the positions of all images: (1, C, 1, 1)."""
+def _moments(maps: Sequence[Tensor], total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel over the positions of all images of the whole batch: (1, C, 1, 1)."""
     columns = torch.cat([one[0].flatten(1) for one in maps], dim=1)
-    variance = columns.var(dim=1, correction=min(1, columns.shape[1] - 1))
+    count = columns.shape[1]
+    mean, variance = columns.mean(dim=1), columns.var(dim=1, correction=min(1, count - 1))
+    if parts.count() > 1:
+        squares = variance * (count - min(1, count - 1))
+        count, mean, biased = parts.combined(mean.new_tensor(float(count)), mean, squares, total)
+        variance = biased * count / (count - 1).clamp(min=1)
     # the root of exactly zero has no gradient
-    return columns.mean(dim=1).view(1, -1, 1, 1), (variance + 1e-12).sqrt().view(1, -1, 1, 1)
+    return mean.view(1, -1, 1, 1), (variance + 1e-12).sqrt().view(1, -1, 1, 1)
 
 
 def _own_sizes(batch: Batch, names: Sequence[str]) -> list[list[tuple[int, int]]]:

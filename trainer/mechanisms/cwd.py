@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cache import Level
+from trainer import parts
 from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit
 
 
@@ -41,7 +42,7 @@ class CWDLoss(LevelMechanism):
         ours, theirs = (_log_softmax(maps / self.tau, valid) for maps in (student, teacher))
         # outside both are minus infinity, whose difference is no number
         divergence = theirs.exp() * (theirs - ours).masked_fill(~valid.flatten(2), 0)
-        return self.tau**2 * divergence.sum() / (teacher.shape[0] * teacher.shape[1])
+        return self.tau**2 * divergence.sum() / (parts.images(teacher.shape[0]) * teacher.shape[1])
 
 
 def _log_softmax(maps: Tensor, valid: Tensor) -> Tensor:

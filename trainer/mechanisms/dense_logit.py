@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from mmdet.models.losses.iou_loss import giou_loss
 from mmdet.models.losses.kd_loss import knowledge_distillation_kl_div_loss
-from mmdet.utils import reduce_mean
 from torch import Tensor, nn
 
 from cache import DenseLevel, Level, RecipeError, level_name
+from trainer import parts
 from trainer.dense import check_dense, decode, dense_shape, flat_outputs, place, strides
 from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism
 from trainer.mechanisms.soft_targets import quality_focal
@@ -21,7 +21,7 @@ class DenseLogitLoss(Mechanism):
 
     - ``qfl``, the default of sigmoid heads (RetinaNet, GFL, ATSS, FCOS, RepPoints as they ship): ``loss_weight / Q * sum over
       positions and classes of KDQFL(s, t)``, `quality_focal` with beta 1 as in CrossKD (Wang et al., CVPR 2024). Q is the sum
-      over the positions of the teacher's highest score, averaged over ranks, at least 1: the number of objects' positions that
+      over the positions of the teacher's highest score, at least 1: the number of objects' positions that
       the teacher expects, in place of CrossKD's number of positive anchors. Positions and Q are ours.
     - ``kl``, the default of softmax heads: ``loss_weight * mean over positions of T^2 * mean over classes of KL(softmax(t / T) ||
       softmax(s / T))``, mmdet's ``KnowledgeDistillationKLDivLoss`` (Hinton et al., 2015).
@@ -85,9 +85,10 @@ class DenseLogitLoss(Mechanism):
         s, t = torch.cat(ours), torch.cat(theirs)
         sigmoid = s.shape[1] == head.num_classes
         best = (t.sigmoid() if sigmoid else t.softmax(dim=1)[:, : head.num_classes]).amax(dim=1)
-        expected = reduce_mean(best.sum()).clamp(min=1)
+        expected = parts.whole(best.sum()).clamp(min=1)
         if self.mode == "kl" or (self.mode is None and not sigmoid):
-            loss = knowledge_distillation_kl_div_loss(s, t, T=self.temperature)
+            positions = parts.whole(s.new_tensor(float(len(s)))).clamp(min=1)
+            loss = knowledge_distillation_kl_div_loss(s, t, T=self.temperature) * len(s) / positions
         else:
             loss = quality_focal(s, t).sum() / expected
         if self.box_weight:

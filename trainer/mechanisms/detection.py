@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from cache import Detections, Level, RecipeError
+from trainer.mechanisms import draws
 from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism
 
 _SMALLEST = 1.0  # pixels: no anchor fits what is smaller, and box coders take logarithms of sides
@@ -26,8 +27,8 @@ class DetectionLoss(Mechanism):
 
     A score tells how far a detection is to be believed: every step keeps each with a probability equal to its score, so that it
     counts as often as the teacher trusts it, or, with ``score_threshold``, those that reach it. Images where nothing is kept
-    teach the background. Self-training on pseudo-labels is old (Lee, 2013); drawing them by score is ours. The draw is from
-    torch's generator alone: a resumed run draws the same.
+    teach the background. Self-training on pseudo-labels is old (Lee, 2013); drawing them by score is ours. A resumed run draws the
+    same, and so does one with another number of workers.
 
     Args:
         score_threshold: keep detections of at least this score, always; None draws.
@@ -52,14 +53,14 @@ class DetectionLoss(Mechanism):
 
     def loss(self, batch: Batch) -> Tensor:
         samples = [
-            self._pseudo(sample, found, batch)
-            for sample, found in zip(batch.samples, batch.detections or (), strict=True)
+            self._pseudo(n, sample, found, batch)
+            for n, (sample, found) in enumerate(zip(batch.samples, batch.detections or (), strict=True))
         ]
         features = tuple(feature.float() for feature in batch.features)
         losses = _loss_on(batch.student, features, batch.inputs, samples)
         return torch.stack([_scalar(value) for name, value in losses.items() if "loss" in name]).sum()
 
-    def _pseudo(self, sample: DetDataSample, found: Detections, batch: Batch) -> DetDataSample:
+    def _pseudo(self, n: int, sample: DetDataSample, found: Detections, batch: Batch) -> DetDataSample:
         """A sample whose truth are those of the teacher's detections that this step keeps."""
         classes = _classes(batch.student)
         if len(found) and int(found.labels.max()) >= classes:
@@ -71,7 +72,10 @@ class DetectionLoss(Mechanism):
         boxes = torch.from_numpy(np.array(found.boxes)).view(-1, 4)
         boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)
         scores = torch.from_numpy(np.array(found.scores))
-        kept = torch.rand(len(scores)) < scores if self.score_threshold is None else scores >= self.score_threshold
+        if self.score_threshold is None:
+            kept = torch.rand(len(scores), generator=draws.generator(batch.samples, n, "DetectionLoss", "cpu")) < scores
+        else:
+            kept = scores >= self.score_threshold
         kept &= ((boxes[:, 2:] - boxes[:, :2]) >= _SMALLEST).all(dim=1)
         device = batch.inputs.device
         truth = InstanceData(

@@ -1,12 +1,14 @@
 """FBKD: where attention lies, attention itself, and the relation of every position to every other."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache import Level
+from trainer import parts
 from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit, moments, position_softmax
 
 
@@ -64,12 +66,9 @@ class FBKDLoss(LevelMechanism):
         ours, theirs = parts.relation_of_student(student, valid), parts.relation_of_teacher(teacher, valid)
         relation = (theirs - parts.relation(ours)) * valid
         # the norm's gradient at zero is zero, as it must be; that of a square root would not be finite
-        return (
-            self.mask_l2_weight * torch.linalg.vector_norm(masked)
-            + self.channel_weight * torch.linalg.vector_norm(channel)
-            + self.spatial_weight * torch.linalg.vector_norm(spatial)
-            + self.nonlocal_weight * torch.linalg.vector_norm(relation)
-        )
+        norms = _norms(torch.stack([torch.linalg.vector_norm(of) for of in (masked, channel, spatial, relation)]))
+        weights = (self.mask_l2_weight, self.channel_weight, self.spatial_weight, self.nonlocal_weight)
+        return (norms * norms.new_tensor(weights)).sum()
 
 
 class NonLocal(nn.Module):
@@ -99,7 +98,7 @@ class NonLocal(nn.Module):
         relation = values @ keys.transpose(1, 2) / windows.sum(dim=(2, 3))[:, :, None]
         queries = self.theta(maps)
         answers = self.out((relation @ queries.flatten(2)).view_as(queries))
-        mean, variance = moments(answers, valid)
+        mean, variance = moments(answers, valid, partial(parts.joint, what="FBKDLoss"))
         return maps + (answers - mean) * (variance + 1e-5).rsqrt() * self.scale + self.shift
 
     def _maxima(self, maps: Tensor, valid: Tensor, windows: Tensor) -> Tensor:
@@ -119,6 +118,15 @@ class _Parts(nn.Module):
         self.relation_of_student = NonLocal(student, max(student // share, 1), window)
         self.relation_of_teacher = NonLocal(teacher, max(teacher // share, 1), window)
         self.relation = nn.Conv2d(student, teacher, 1)
+
+
+def _norms(own: Tensor) -> Tensor:
+    """Norms over the whole batch out of those of each part, as this part's addends."""
+    if parts.count() == 1:
+        return own
+    squares = parts.agreed(own.square())
+    root = torch.where(squares > 0, squares.where(squares > 0, torch.ones_like(squares)).sqrt(), 0)
+    return root / parts.count()
 
 
 def _attention(maps: Tensor, valid: Tensor, temp: float) -> Tensor:

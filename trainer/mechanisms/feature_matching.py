@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cache import Level
+from trainer import parts
 from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit, masked_mean, moments
 
 
@@ -38,6 +39,6 @@ class FeatureMatchingLoss(LevelMechanism):
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
         error = (fit(self.align[level](student), teacher, valid) - teacher).square()
         if self.normalize:
-            _, variance = moments(teacher, valid)
+            _, variance = moments(teacher, valid, parts.whole)
             error = error / (variance + 1e-6)
         return masked_mean(error, valid)

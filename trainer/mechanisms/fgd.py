@@ -7,6 +7,7 @@ from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
 from cache import Level
+from trainer import parts
 from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit, position_softmax
 
 
@@ -78,7 +79,7 @@ class FGDLoss(LevelMechanism):
         attention = (which_s - which_t).abs().sum() + (where_s - where_t).abs().sum()
         contexts = self.context_of_student[level](aligned, valid), self.context_of_teacher[level](teacher, valid)
         relation = ((contexts[0] - contexts[1]).square() * valid).sum()
-        return (feature + self.gamma_fgd * attention + self.lambda_fgd * relation) / teacher.shape[0]
+        return (feature + self.gamma_fgd * attention + self.lambda_fgd * relation) / parts.images(teacher.shape[0])
 
 
 class GlobalContext(nn.Module):

@@ -9,6 +9,7 @@ from mmdet.structures.bbox import bbox_overlaps
 from torch import Tensor, nn
 
 from cache import Level, RecipeError, level_name
+from trainer import parts
 from trainer.assignment import assign
 from trainer.dense import dense_shape, flat_outputs, place, strides
 from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism
@@ -95,7 +96,7 @@ class LDLoss(Mechanism):
             score = logits.detach()[positive].sigmoid().amax(dim=1)
             losses.append(self.ld_weight / 4 * self._sides(terms[positive], their_terms[positive], score))
             kl = _kl(logits[positive], their_logits[positive], self.kd_temperature)
-            losses.append(self.kd_weight * kl.sum() / positive.sum().clamp(min=1))
+            losses.append(self.kd_weight * kl.sum() / parts.whole(positive.sum()).clamp(min=1))
             if regions[level] is not None:
                 inside = (regions[level] > 0) & known
                 weight = regions[level][inside]

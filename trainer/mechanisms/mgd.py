@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from cache import Level
+from trainer import parts
+from trainer.mechanisms import draws
 from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit
 
 
@@ -13,7 +15,7 @@ from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit
 class MGDLoss(LevelMechanism):
     """``loss_weight * sum over levels of (1 / N) * sum (G(align(S) * M) - T)^2``.
 
-    M (N, 1, H, W) zeroes a position, in all channels, with probability ``mask_ratio``, anew every step and level; G is
+    M (N, 1, H, W) zeroes a position, in all channels, with probability ``mask_ratio``, anew for every image, step and level; G is
     conv3x3 - ReLU - conv3x3. MGD (Yang et al., ECCV 2022, eq. 5), as released with MTPD.
 
     G sees zeros outside an image's own map, in its hidden map too, so that an image's loss does not depend on how far its
@@ -45,8 +47,18 @@ class MGDLoss(LevelMechanism):
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
         student = fit(self.align[level](student), teacher, valid)
-        kept = torch.rand_like(student[:, :1]) <= 1 - self.mask_ratio
+        kept = self._drawn(level, student, batch) <= 1 - self.mask_ratio
         first, second = self.generation[level]
         hidden = first(student * (kept & valid)).relu() * valid
         error = (second(hidden) - teacher).square() * valid
-        return error.sum() / student.shape[0]
+        return error.sum() / parts.images(student.shape[0])
+
+    def _drawn(self, level: str, student: Tensor, batch: Batch) -> Tensor:
+        """(N, 1, H, W) between 0 and 1."""
+        count, _, *size = student.shape
+        purpose, device = f"MGDLoss {level}", student.device
+        drawn = [
+            torch.rand(1, *size, device=device, generator=draws.generator(batch.samples, n, purpose, device))
+            for n in range(count)
+        ]
+        return torch.stack(drawn)

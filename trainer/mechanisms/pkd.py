@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from cache import Level
-from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit, masked_mean, moments
+from trainer import parts
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit
 
 
 @MECHANISMS.register_module()
@@ -34,12 +36,34 @@ class PKDLoss(LevelMechanism):
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
         student = fit(self.align[level](student), teacher, valid)
-        return masked_mean((_normalize(student, valid) - _normalize(teacher, valid)).square(), valid) / 2
+        count, squares, products, their_squares = _moments(student, teacher, valid)
+        ours, theirs = (_deviation(of, count) for of in (squares, their_squares))
+        # the mean of (norm(S) - norm(T))^2, multiplied out
+        apart = squares / ours.square() - 2 * products / (ours * theirs) + their_squares / theirs.square()
+        return (apart.mean() / 2 / parts.count()).to(student.dtype)
 
 
-def _normalize(maps: Tensor, valid: Tensor) -> Tensor:
+def _moments(student: Tensor, teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the whole batch: its valid positions; and per channel (C,) the means of s^2, s t and t^2, s and t without their means.
+
+    In double, as differences of what is nearly equal are taken of them.
+    """
     count = valid.sum()
-    mean, biased = moments(maps, valid)
-    variance = biased * count / (count - 1).clamp(min=1)
+    means = [(maps * valid).sum(dim=(0, 2, 3)) / count for maps in (student, teacher)]
+    s, t = ((maps - mean[:, None, None]) * valid for maps, mean in zip((student, teacher), means, strict=True))
+    own = [(a * b).sum(dim=(0, 2, 3)) for a, b in ((s, s), (s, t), (t, t))]
+    if parts.count() == 1:
+        return count.double(), *(of.double() / count for of in own)
+    # the parts' means differ: what is about each part's own is brought to zero, summed, and brought to the common mean
+    n, a, b = count.double(), means[0].double(), means[1].double()
+    about_zero = [of.double() + n * product for of, product in zip(own, (a * a, a * b, b * b), strict=True)]
+    sums = parts.agreed(torch.cat([n[None], n * a, n * b, *about_zero]))
+    n, rest = sums[0].detach(), (sums[1:] / sums[0].detach()).view(5, -1)
+    a, b = rest[0], rest[1]
+    return n, *(of - product for of, product in zip(rest[2:], (a * a, a * b, b * b), strict=True))
+
+
+def _deviation(variance: Tensor, count: Tensor) -> Tensor:
+    """The unbiased deviation, of a biased variance."""
     # the root of exactly zero has no gradient: a channel that is constant so far must still be able to move
-    return (maps - mean) / ((variance + 1e-12).sqrt() + 1e-6)
+    return (variance * count / (count - 1).clamp(min=1) + 1e-12).sqrt() + 1e-6
