@@ -60,7 +60,7 @@ def measure_job(recipe: Recipe, plans: Sequence[Plan], rounds: int = 3) -> Job:
     """
     recipe = recipe.with_sequence(list(recipe.teachers)) if recipe.auto else recipe
     cluster.connect(quiet=True)
-    workers = recipe.training.workers
+    workers = recipe.training.max_workers
     actors = max(1, min([recipe.actors.max, *(plan.todo_units for plan in plans if plan.todo)]))
     teacher = _share(recipe.actors.cpus, recipe.actors.gpus, actors)
     student = _share(recipe.training.cpus, recipe.training.gpus, workers)

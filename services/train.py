@@ -14,7 +14,17 @@ from services import cluster, logs
 from services.metrics import publish_pulse
 from services.present import duration, say
 from services.records import keep_recipe, record_use
-from trainer import Pulse, Recipe, StageResult, TargetSource, open_stage, stage_dir, teacher_info, train_stage
+from trainer import (
+    Pulse,
+    Recipe,
+    StageResult,
+    TargetSource,
+    latest_checkpoint,
+    open_stage,
+    stage_dir,
+    teacher_info,
+    train_stage,
+)
 
 
 def train(
@@ -28,7 +38,7 @@ def train(
         quiet: do not print what the workers print; it is in each stage's folder all the same.
 
     Raises:
-        MtpdError: an error that the user can mend.
+        MtpdError: an error that the user can mend; or workers failed more often than ``training.max_failures``.
     """
     cluster.refuse_temporary_paths(recipe)
     keep_recipe(recipe)
@@ -47,25 +57,7 @@ def _train_stage(recipe: Recipe, stage: int, targets: TargetSource, quiet: bool)
     for info in cached:
         record_use(recipe, info)
     cluster.connect(quiet=quiet)
-    workers = recipe.training.workers
-    cpus = cluster.share(recipe.training.cpus, "CPU", workers)
-    gpus = cluster.share(recipe.training.gpus, "GPU", workers)
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"recipe": recipe, "stage": stage, "targets": targets, "log": logs.style()},
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-        ),
-        run_config=RunConfig(name=f"stage-{stage}", storage_path=str(stage_dir(recipe, stage) / "ray")),
-    )
-    try:
-        trainer.fit()
-    except WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            for cause in (failure, failure.__cause__, getattr(failure, "cause", None)):
-                if isinstance(cause, MtpdError):
-                    raise cause from None
-        raise
+    _fit(recipe, stage, targets, name)
     _, result = open_stage(recipe, stage, targets)
     if result is None:
         raise MtpdError(
@@ -76,6 +68,60 @@ def _train_stage(recipe: Recipe, stage: int, targets: TargetSource, quiet: bool)
         record_use(recipe, info)
     say(f"{name}: {ap(result.metrics)} after {duration(result.seconds)}")
     return result
+
+
+def _fit(recipe: Recipe, stage: int, targets: TargetSource, name: str) -> None:
+    """Train a stage; after a worker or its node died, the rest of it.
+
+    Ray Train's own retries would try again what the user has to mend, and count failures over the whole stage, where here those
+    count that come one after the other without a new checkpoint.
+    """
+    folder, training, fruitless = stage_dir(recipe, stage), recipe.training, 0
+    cpus = cluster.share(training.cpus, "CPU", training.max_workers)
+    gpus = cluster.share(training.gpus, "GPU", training.max_workers)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"recipe": recipe, "stage": stage, "targets": targets, "log": logs.style()},
+        scaling_config=ScalingConfig(
+            num_workers=training.workers
+            if isinstance(training.workers, int)
+            else (training.min_workers, training.max_workers),
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=RunConfig(name=f"stage-{stage}", storage_path=str(folder / "ray")),
+    )
+    while True:
+        before = latest_checkpoint(folder)
+        try:
+            trainer.fit()
+            return
+        except WorkerGroupError as error:
+            if (fault := _users_fault(error)) is not None:
+                raise fault from None
+            now = latest_checkpoint(folder)
+            fruitless = 1 if now != before else fruitless + 1
+            reasons = "; ".join(dict.fromkeys(_last_line(failure) for failure in error.worker_failures.values()))
+            if fruitless > training.max_failures:
+                raise MtpdError(
+                    f"{name}: workers failed {fruitless} times without a new checkpoint between, more than training.max_failures: "
+                    f"{reasons}. For memory: training.micro_batch, or more workers. Run the command again to go on from "
+                    f"{now or 'the beginning'}."
+                ) from error
+            say(f"{name}: a worker failed ({reasons}); goes on from {Path(now).name if now else 'the beginning'}")
+
+
+def _users_fault(error: WorkerGroupError) -> MtpdError | None:
+    for failure in error.worker_failures.values():
+        for cause in (failure, failure.__cause__, getattr(failure, "cause", None)):
+            if isinstance(cause, MtpdError):
+                return cause
+    return None
+
+
+def _last_line(failure: Exception) -> str:
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    return f"{type(failure).__name__}: {lines[-1]}" if lines else type(failure).__name__
 
 
 def ap(metrics: dict[str, float]) -> str:

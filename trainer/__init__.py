@@ -58,7 +58,7 @@ from trainer.sample import Agreement, SampleReport, compare_sample
 from trainer.sampled import ApplySampledView
 from trainer.scenes import CLASSES, SceneOptions, generate
 from trainer.specs import SplitSpec, StageSpec, TeacherSpec
-from trainer.stage import StageResult, open_stage, train_stage
+from trainer.stage import StageResult, latest_checkpoint, open_stage, train_stage
 from trainer.stage_config import TargetSource, stage_config, stage_dir
 from trainer.step import AutocastOptimWrapper, DistributedDistiller
 from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
@@ -135,6 +135,7 @@ __all__ = [
     "fingerprint_record",
     "generate",
     "head_file",
+    "latest_checkpoint",
     "load_recipe",
     "measure",
     "needs_of",

@@ -22,10 +22,7 @@ def share_batch_norm(model: nn.Module) -> nn.Module:
     for name in trains_on_batches(model):
         place, _, own = name.rpartition(".")
         old = model.get_submodule(name)
-        if cuda:
-            new = nn.SyncBatchNorm.convert_sync_batchnorm(old)
-        else:
-            new = SharedBatchNorm.of(old)
+        new = nn.SyncBatchNorm.convert_sync_batchnorm(old) if cuda else SharedBatchNorm.of(old)
         setattr(model.get_submodule(place), own, new)
     return model
 

@@ -5,8 +5,8 @@ A part is what one forward pass sees: a worker's share, or one of the micro-batc
 parts are then added up, never averaged.
 
 - `whole` sums a normaliser: a number of positives, of positions, of images. No gradient passes.
-- `agreed` sums what a loss is computed from in the same way by every part: moments, squares of a norm. Its gradient is that of the
-  part's own addend, without communication.
+- `agreed` sums what a loss is computed from in the same way by every part: moments, squares of a norm. Its gradient is that of
+  the part's own addend, without communication.
 - `joint` sums what every part goes on with in its own way, such as the moments of a batch normalisation. Its gradient is summed
   over the parts too, which micro-batches cannot do: they come one after the other.
 

@@ -326,8 +326,8 @@ class TrainingSpec(Spec):
         cpus: of each worker.
         batch_size: samples of an optimiser step, of all workers together; by default what the student's config has as
             ``train_dataloader.batch_size``.
-        micro_batch: the most samples of one forward pass: a share that is larger is cut, and its gradients are added up. A step then
-            costs a forward pass without gradients more.
+        micro_batch: the most samples of one forward pass: a share that is larger is cut, and its gradients are added up. A step
+            then costs a forward pass without gradients more.
         amp: mixed precision; ``none`` is float32. By default as the student's config has it.
         checkpoint_steps: a checkpoint so often within an epoch, beside the one at each epoch's end.
         max_failures: of workers or their nodes, one after the other without a new checkpoint, until a stage is given up.

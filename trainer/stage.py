@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import all_reduce, broadcast_object_list, get_rank
+from mmengine.dist import all_reduce, barrier, broadcast_object_list, get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -90,7 +90,7 @@ def train_stage(
     if torch.cuda.is_available() and recipe.stages[stage - 1].teachers and targets == "cache":
         cfg.train_dataloader.pin_memory = True
     # of one worker: what each saw of a shared folder might differ
-    chosen = [_latest_checkpoint(folder)]
+    chosen = [latest_checkpoint(folder)]
     broadcast_object_list(chosen)
     cfg.load_from = chosen[0]
     cfg.resume = cfg.load_from is not None
@@ -117,6 +117,7 @@ def train_stage(
         save_student(distiller.student, student_file, tuple(runner.train_dataloader.dataset.metainfo["classes"]))
         student_config(cfg).dump(str(folder / "student.py"))
         _write(folder / "result.json", asdict(result))
+    barrier()  # whoever looks afterwards finds it
     return result
 
 
@@ -141,7 +142,7 @@ def open_stage(recipe: Recipe, stage: int, targets: TargetSource = "cache") -> t
     return cfg, None
 
 
-def _latest_checkpoint(folder: Path) -> str | None:
+def latest_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint of a stage: what a kill cut short is passed over, which mmengine's own record may name."""
     written = {int(number): file for file in folder.glob("iter_*.pth") if (number := file.stem[5:]).isdigit()}
     # a zip's directory is at its end

@@ -62,7 +62,7 @@ def _share(samples: int, rank: int, world: int) -> int:
 
 
 def _pieces(distiller: Any, optim_wrapper: OptimWrapper, data: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """The share in pieces, preprocessed, all padded to the size of the total batch: what lies behind an image's edge reaches it."""
+    """The share in pieces, preprocessed, all padded to the total batch's size: what lies behind an image's edge reaches it."""
     size = len(data["inputs"])
     pieces = []
     for k in range(number):
@@ -124,8 +124,8 @@ def _check_micro_batches(distiller: Any) -> None:
         return
     if not distiller.adds_up:
         raise RecipeError(
-            f"training.micro_batch: how the losses of a {type(distiller.student).__name__} with these heads are normalised is not "
-            "known here. Leave micro_batch out, and take a smaller training.batch_size or more workers."
+            f"training.micro_batch: how the losses of a {type(distiller.student).__name__} with these heads are normalised is "
+            "not known here. Leave micro_batch out, and take a smaller training.batch_size or more workers."
         )
     if names := trains_on_batches(distiller.student):
         raise RecipeError(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trainer import parts
 
-# these divide by `reduce_mean` of a count that they clamp afterwards: with its sum over parts the clamp is that of the whole batch
+# these divide by `reduce_mean` of a count that they clamp afterwards: with its sum over parts the clamp is the whole batch's
 for _module in (atss_head, fcos_head, gfl_head):
     _module.reduce_mean = parts.whole
 

@@ -121,7 +121,7 @@ def test_each_stage_evaluates_boxes_and_masks(trained) -> None:
         assert 0 <= result.metrics["bbox_mAP"] <= 1
         assert 0 <= result.metrics["segm_mAP"] <= 1
         assert result.teacher_forwards == 0
-        assert result.images == 20 - _empty(trained[0])
+        assert result.images == -(-(20 - _empty(trained[0])) // 4) * 4  # the last step is filled
 
 
 def _empty(recipe) -> int:

@@ -27,8 +27,8 @@ class DetectionLoss(Mechanism):
 
     A score tells how far a detection is to be believed: every step keeps each with a probability equal to its score, so that it
     counts as often as the teacher trusts it, or, with ``score_threshold``, those that reach it. Images where nothing is kept
-    teach the background. Self-training on pseudo-labels is old (Lee, 2013); drawing them by score is ours. A resumed run draws the
-    same, and so does one with another number of workers.
+    teach the background. Self-training on pseudo-labels is old (Lee, 2013); drawing them by score is ours. A resumed run draws
+    the same, and so does one with another number of workers.
 
     Args:
         score_threshold: keep detections of at least this score, always; None draws.

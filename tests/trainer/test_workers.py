@@ -1,0 +1,92 @@
+"""One, two and three workers, with and without micro-batches, make the same steps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import models
+from tests.trainer import precompute
+from tests.trainer.workers import WORLDS
+from trainer import parse_recipe
+
+TOLERANCE = 1e-4  # of the change that the steps made, and of each loss
+STEPS = 3
+_FROZEN = {"model.backbone.norm_eval": True}
+_MECHANISMS = ("FeatureMatchingLoss", "PKDLoss", "MGDLoss", "CWDLoss", "FGDLoss")
+
+
+def _case(data: Path, folder: Path, student: str, teacher: str, mechanisms: tuple, **training: Any) -> dict[str, Any]:
+    stages = [{"teacher": teacher, "mechanisms": [{"type": m, "loss_weight": 0.01} for m in mechanisms]}]
+    content = models.recipe(data, folder, stages=stages, student=student)
+    content["teachers"] = {name: models.teacher(name, data) for name in ("retinanet-swin", "gfl-r18")}
+    content["training"] = {"batch_size": 5, **training}  # five are shared out unevenly
+    return content
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workers")
+    contents = {
+        # batch normalisation by the batch's statistics, which is in the fourth mechanism of its own too
+        "retinanet": _case(data, folder, "retinanet-r18", "retinanet-swin", (*_MECHANISMS, "FBKDLoss")),
+        "gfl": _case(data, folder, "gfl-r18", "gfl-r18", ("LDLoss", "DenseLogitLoss", "DetectionLoss", "CrossKDLoss")),
+        "mask-rcnn": _case(data, folder, "mask-rcnn-r18", "retinanet-swin", ("MGDLoss",)),
+        "micro-retinanet": _case(data, folder, "retinanet-r18", "retinanet-swin", _MECHANISMS, micro_batch=1),
+        "micro-gfl": _case(
+            data, folder, "gfl-r18", "gfl-r18", ("LDLoss", "DenseLogitLoss", "DetectionLoss"), micro_batch=2
+        ),
+        "micro-fcos": _case(data, folder, "fcos-r18", "retinanet-swin", ("PKDLoss",), micro_batch=2),
+        "micro-mask-rcnn": _case(data, folder, "mask-rcnn-r18", "retinanet-swin", ("MGDLoss",), micro_batch=2),
+        "reppoints": _case(data, folder, "reppoints-r18", "retinanet-swin", ("PKDLoss",)),
+    }
+    for name, content in contents.items():
+        if name.startswith("micro"):
+            content["student"]["cfg_options"] |= _FROZEN
+    for name, case in {"retinanet-swin": "retinanet", "gfl-r18": "gfl"}.items():
+        # each case's recipe needs something else of the teacher: the largest first
+        assert precompute.fill(parse_recipe(contents[case], "test"), name) == []
+    cases = {name: {"recipe": content, "steps": STEPS} for name, content in contents.items()}
+    # what micro-batches are compared with: the same without
+    for name in [name for name in cases if name.startswith("micro")]:
+        whole = json.loads(json.dumps(cases[name]))
+        del whole["recipe"]["training"]["micro_batch"]
+        cases[name.replace("micro", "whole")] = whole
+    (folder / "cases.json").write_text(json.dumps(cases))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.trainer.workers", str(folder)]
+    workers = [
+        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for rank in range(WORLDS[0])
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=300)
+        assert worker.returncode == 0, errors.decode()[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("case", "reference"),
+    [
+        *((name, name) for name in ("retinanet", "gfl", "mask-rcnn", "reppoints")),
+        *((f"micro-{name}", f"whole-{name}") for name in ("retinanet", "gfl", "fcos", "mask-rcnn")),
+    ],
+)
+def test_the_number_of_parts_does_not_matter(trained: Path, case: str, reference: str) -> None:
+    expected = torch.load(trained / f"{reference}-1.pth")
+    for world in WORLDS:
+        found = torch.load(trained / f"{case}-{world}.pth")
+        print(case, world, _difference(found["weights"], expected["weights"]))
+        assert _difference(found["weights"], expected["weights"]) < TOLERANCE, world
+
+
+def _difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest over all weights, relative to the largest of the tensor."""
+    return max(
+        float((found[name] - value).abs().max() / value.abs().max().clamp(min=1e-3)) for name, value in expected.items()
+    )
