@@ -104,9 +104,9 @@ def _fit(recipe: Recipe, stage: int, targets: TargetSource, name: str) -> None:
             reasons = "; ".join(dict.fromkeys(_last_line(failure) for failure in error.worker_failures.values()))
             if fruitless > training.max_failures:
                 raise MtpdError(
-                    f"{name}: workers failed {fruitless} times without a new checkpoint between, more than training.max_failures: "
-                    f"{reasons}. For memory: training.micro_batch, or more workers. Run the command again to go on from "
-                    f"{now or 'the beginning'}."
+                    f"{name}: workers failed {fruitless} times without a new checkpoint between, which is more than "
+                    f"training.max_failures: {reasons}. For memory: training.micro_batch, or more workers. Run the "
+                    f"command again to go on from {now or 'the beginning'}."
                 ) from error
             say(f"{name}: a worker failed ({reasons}); goes on from {Path(now).name if now else 'the beginning'}")
 

@@ -5,7 +5,7 @@ import os
 import sys
 
 import torch
-from mmengine.dist import init_dist
+from torch import distributed as dist
 
 from cache import MtpdError, RecipeError
 from trainer import load_recipe, train_stage
@@ -28,12 +28,16 @@ def main() -> int:
         if given.stage is not None and not 1 <= given.stage <= len(recipe.stages):
             raise RecipeError(f"--stage {given.stage}: the recipe has {len(recipe.stages)} stages.")
         if several:
-            init_dist("pytorch", backend="nccl" if torch.cuda.is_available() else "gloo")
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         for stage in range(1, len(recipe.stages) + 1) if given.stage is None else [given.stage]:
             train_stage(recipe, stage, given.targets, launcher="pytorch" if several else "none")
     except MtpdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if several:
+        dist.destroy_process_group()
     return 0
 
 

@@ -34,7 +34,7 @@ _OPTIONS: dict[str, Any] = {
     **{
         f"{split}_dataloader.{key}": value
         for split in ("train", "val")
-        for key, value in (("num_workers", 0), ("persistent_workers", False), ("batch_size", 1))
+        for key, value in (("num_workers", 0), ("persistent_workers", False))
     },
 }
 
@@ -86,6 +86,7 @@ def adapted(recipe: Path, place: Path) -> dict[str, Any]:
         made["views"]["scale"] = [256, 192]  # it wants more positions than it has queries, 900
     made["cache"]["uri"] = str(place / "cache")
     made["work_dir"] = str(place / "work" / recipe.stem)
+    made["training"] |= {"workers": 1, "batch_size": 1}
     student = made["student"]
     for entry in (*made["teachers"].values(), *([student] if student.get("checkpoint") else [])):
         entry["checkpoint"] = str(checkpoint(entry["config"], place / Path(entry["checkpoint"]).name))
