@@ -21,7 +21,7 @@ WORLDS = (3, 2, 1)
 
 
 def train(recipe: dict[str, Any], steps: int, world: int) -> dict[str, Any]:
-    """The student's weights and the losses logged after some steps."""
+    """How some steps changed the weights, and the losses that they logged."""
     cfg = stage_config(parse_recipe(recipe, "test"), 1)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
@@ -31,6 +31,8 @@ def train(recipe: dict[str, Any], steps: int, world: int) -> dict[str, Any]:
     model.train()
     optimiser = Runner.build_optim_wrapper(_Runnerless(model), cfg.optim_wrapper)
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    inner = model.module if world > 1 else model
+    begin = {name: value.detach().clone() for name, value in inner.state_dict().items() if value.is_floating_point()}
     losses = []
     for step, batch in enumerate(loader):
         if step == steps:
@@ -38,9 +40,8 @@ def train(recipe: dict[str, Any], steps: int, world: int) -> dict[str, Any]:
         draws.begin(0, step)
         logs = model.train_step(batch, optimiser)
         losses.append({name: float(value.detach()) for name, value in logs.items()})
-    student = (model.module if world > 1 else model).student
-    weights = {name: value for name, value in student.state_dict().items() if value.is_floating_point()}
-    return {"weights": weights, "losses": losses}
+    changes = {name: value.detach() - begin[name] for name, value in inner.state_dict().items() if name in begin}
+    return {"changes": changes, "losses": losses}
 
 
 class _Runnerless:
