@@ -61,6 +61,8 @@ def main(folder: Path, rank: int) -> None:
             store = dist.FileStore(str(folder / f"store-{world}"), world)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         for name, case in cases.items():
+            if world not in case["worlds"]:
+                continue
             result = train(case["recipe"], case["steps"], world)
             if rank == 0:
                 torch.save(result, folder / f"{name}-{world}.pth")
