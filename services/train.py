@@ -77,15 +77,13 @@ def _fit(recipe: Recipe, stage: int, targets: TargetSource, name: str) -> None:
     count that come one after the other without a new checkpoint.
     """
     folder, training, fruitless = stage_dir(recipe, stage), recipe.training, 0
-    cpus = cluster.share(training.cpus, "CPU", training.max_workers)
-    gpus = cluster.share(training.gpus, "GPU", training.max_workers)
+    least, most = training.workers.min, training.workers.max
+    cpus, gpus = cluster.share(training.cpus, "CPU", most), cluster.share(training.gpus, "GPU", most)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"recipe": recipe, "stage": stage, "targets": targets, "log": logs.style()},
         scaling_config=ScalingConfig(
-            num_workers=training.workers
-            if isinstance(training.workers, int)
-            else (training.min_workers, training.max_workers),
+            num_workers=most if least == most else (least, most),
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
         ),

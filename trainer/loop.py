@@ -45,6 +45,10 @@ class SeedStepHook(Hook):
         draws.begin(self.seed, runner.iter)
         torch.manual_seed((self.seed * 1_000_003 + runner.iter) * 1_009 + runner.rank)
 
+    def after_train(self, runner: Runner) -> None:
+        """Behind the last step."""
+        draws.end()
+
 
 @HOOKS.register_module()
 class StageCheckpointHook(CheckpointHook):

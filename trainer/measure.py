@@ -79,7 +79,7 @@ class Measured:
         evaluate: an image of the val set.
         kept: share of the images that the student trains on: its config may leave out those without objects.
         loaders: loading processes of the student's config.
-        batch_size: of the student's steps.
+        batch_size: a worker's share of the student's steps.
     """
 
     start: float
@@ -155,7 +155,7 @@ class _TrainingBatches:
 
     Attributes:
         cfg: of a stage without a teacher.
-        items: of each batch.
+        items: of each batch, a worker's share of a step.
         rows: the (image id, view)s in them.
         images: that the student trains on, of the part.
         start: seconds to build data set and student.
@@ -167,7 +167,8 @@ class _TrainingBatches:
         loader = _loader(self.cfg.train_dataloader)
         _model(self.cfg, "cpu")
         self.start = time.perf_counter() - begin
-        self.loaders, self.size = self.cfg.train_dataloader.get("num_workers", 0), self.cfg.train_dataloader.batch_size
+        self.loaders = self.cfg.train_dataloader.get("num_workers", 0)
+        self.size = -(-self.cfg.train_dataloader.batch_size // trial.training.max_workers)
         dataset = loader.dataset
         self.images = len(dataset.dataset)
         found = list(loader.batch_sampler) if self.images else []
@@ -176,8 +177,7 @@ class _TrainingBatches:
                 "dataset.train: the student's config leaves out every image (without objects, or too small): nothing can be "
                 "measured."
             )
-        full = [batch for batch in found if len(batch) == self.size] or found
-        self.items = [full[number % len(full)] for number in range(count)]
+        self.items = [found[number % len(found)][: self.size] for number in range(count)]
         self.rows = {
             (dataset.get_data_info(item)["img_id"], item % dataset.views) for batch in self.items for item in batch
         }

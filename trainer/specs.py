@@ -317,6 +317,14 @@ class WorkersSpec(Spec):
         return self
 
 
+def _workers(value: Any) -> Any:
+    if isinstance(value, int):
+        if value < 1:
+            raise ValueError("at least one worker")
+        return {"min": value, "max": value}
+    return value
+
+
 class TrainingSpec(Spec):
     """How students are trained.
 
@@ -334,7 +342,7 @@ class TrainingSpec(Spec):
         seed: of everything that is drawn.
     """
 
-    workers: PositiveInt | WorkersSpec = 1
+    workers: Annotated[WorkersSpec, BeforeValidator(_workers)] = WorkersSpec(max=1)
     gpus: Annotated[float, Field(ge=0)] | None = None
     cpus: PositiveFloat | None = None
     batch_size: PositiveInt | None = None
@@ -353,11 +361,6 @@ class TrainingSpec(Spec):
         return self
 
     @property
-    def min_workers(self) -> int:
-        """The fewest workers that a stage is trained with."""
-        return self.workers if isinstance(self.workers, int) else self.workers.min
-
-    @property
     def max_workers(self) -> int:
         """The most workers that a stage is trained with."""
-        return self.workers if isinstance(self.workers, int) else self.workers.max
+        return self.workers.max

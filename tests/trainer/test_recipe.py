@@ -43,6 +43,9 @@ def edited(content: dict, key: str, value: object) -> dict:
         ("student.inherit", "swim", r"student\.inherit: 'swim' is not in `teachers` \(small, swin\)"),
         ("student.input_scale", 2, r"student\.input_scale: .*less than or equal to 1.*got 2"),
         ("actors", {"min": 3, "max": 2}, r"actors: min 3 is more than max 2"),
+        ("training", {"workers": 0}, r"training\.workers: at least one worker \(got 0\)"),
+        ("training", {"workers": {"min": 3, "max": 2}}, r"training\.workers: min 3 is more than max 2"),
+        ("training", {"workers": 4, "batch_size": 2}, r"training: batch_size .*: 4 workers cannot share 2 samples"),
     ],
 )
 def test_each_fault_names_file_key_and_value(

@@ -16,6 +16,7 @@ from tests.trainer.workers import WORLDS
 from trainer import parse_recipe
 
 TOLERANCE = 1e-4  # of the change that the steps made, and of each loss
+ROUGH = 0.5  # of bfloat16, whose numbers have eight bits
 STEPS = 3
 _FROZEN = {"model.backbone.norm_eval": True}
 _MECHANISMS = ("FeatureMatchingLoss", "PKDLoss", "MGDLoss", "CWDLoss", "FGDLoss")
@@ -43,6 +44,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         "micro-fcos": _case(data, folder, "fcos-r18", "retinanet-swin", ("PKDLoss",), micro_batch=2),
         "micro-mask-rcnn": _case(data, folder, "mask-rcnn-r18", "retinanet-swin", ("MGDLoss",), micro_batch=2),
+        "bfloat16": _case(data, folder, "retinanet-r18", "retinanet-swin", (*_MECHANISMS, "FBKDLoss"), amp="bfloat16"),
         "reppoints": _case(data, folder, "reppoints-r18", "retinanet-swin", ("PKDLoss",)),
     }
     for name, content in contents.items():
@@ -85,6 +87,16 @@ def test_the_number_of_parts_does_not_matter(trained: Path, case: str, reference
         name, apart = _difference(found["changes"], expected["changes"])
         print(f"{case}, {world} workers: {apart:.1e} ({name})")
         assert apart < TOLERANCE, (world, name)
+
+
+def test_bfloat16_is_near_float32_and_shared_out_too(trained: Path) -> None:
+    exact, alone, shared = (torch.load(trained / f"{name}.pth") for name in ("retinanet-1", "bfloat16-1", "bfloat16-2"))
+    name, apart = _difference(alone["changes"], exact["changes"])
+    assert TOLERANCE < apart < ROUGH, name
+    name, apart = _difference(shared["changes"], exact["changes"])
+    assert TOLERANCE < apart < ROUGH, name
+    for name, value in exact["losses"][0].items():
+        assert alone["losses"][0][name] == pytest.approx(value, rel=0.05), name
 
 
 def _difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[str, float]:

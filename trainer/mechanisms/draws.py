@@ -19,6 +19,12 @@ def begin(seed: int, iteration: int) -> None:
     _begun = seed, iteration
 
 
+def end() -> None:
+    """No training any more."""
+    global _begun
+    _begun = None
+
+
 def generator(samples: Sequence[Any], n: int, purpose: str, device: torch.device | str) -> torch.Generator | None:
     """What one sample draws with; None, torch's own, outside a training or where the sample does not say which it is.
 

@@ -1,0 +1,80 @@
+"""What micro-batches cannot do is refused, with the key; and how sums over them come about."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cache import RecipeError
+from tests import models
+from tests.trainer.workers import train
+from trainer import parse_recipe, parts, stage_config
+
+
+def _alone(data: Path, folder: Path, student: str, training: dict[str, Any], **options: Any) -> dict[str, Any]:
+    content = models.recipe(data, folder, student=student, stages=[{"epochs": 1}])
+    content["student"]["cfg_options"] |= options
+    return {**content, "training": training}
+
+
+@pytest.mark.parametrize(
+    ("student", "options", "message"),
+    [
+        ("retinanet-r18", {}, r"micro_batch: 20 batch normalisations .* \(backbone\.bn1, .*norm_eval: true"),
+        ("cascade-rcnn-r18", {"model.backbone.norm_eval": True}, r"micro_batch: how the losses of a CascadeRCNN"),
+    ],
+)
+def test_a_student_that_cannot_be_cut_is_refused(
+    data: Path, tmp_path: Path, student: str, options: dict[str, Any], message: str
+) -> None:
+    content = _alone(data, tmp_path, student, {"micro_batch": 2}, **options)
+    with pytest.raises(RecipeError, match=rf"(?s)training\.{message}"):
+        train(content, 1, 1)
+
+
+def test_what_relates_all_samples_is_refused_in_micro_batches() -> None:
+    with (
+        parts.cut(2, 2),
+        pytest.raises(RecipeError, match=r"training\.micro_batch: FBKDLoss relates all samples"),
+        parts.recording(),
+    ):
+        parts.joint(torch.ones(3), "FBKDLoss")
+
+
+def test_gradients_through_sums_over_micro_batches_are_those_of_the_whole() -> None:
+    values = torch.tensor([1.0, 2, 3, 4, 6], dtype=torch.float64, requires_grad=True)
+    expected = values.square().sum() / 5 - (values.sum() / 5) ** 2
+    (gradient,) = torch.autograd.grad(expected, values)
+
+    def addend(own: torch.Tensor) -> torch.Tensor:
+        parts.next_micro_batch()
+        count = parts.whole(torch.tensor(float(len(own)), dtype=torch.float64))
+        return own.square().sum() / count - (parts.agreed(own.sum()) / count) ** 2 / parts.count()
+
+    pieces = (slice(0, 2), slice(2, 5))
+    with parts.cut(2, 5):
+        with torch.no_grad(), parts.recording():
+            for piece in pieces:
+                addend(values[piece])
+        losses = [addend(values[piece]) for piece in pieces]
+    assert torch.stack(losses).sum().item() == pytest.approx(expected.item())
+    found = sum(torch.autograd.grad(loss, values)[0] for loss in losses)
+    assert torch.allclose(found, gradient)
+
+
+def test_more_workers_than_samples_and_other_accumulation_are_refused(data: Path, tmp_path: Path) -> None:
+    content = _alone(data, tmp_path, "retinanet-r18", {"workers": 5})  # the student's config has batches of 4
+    with pytest.raises(RecipeError, match=r"training\.workers: 5 workers cannot share a total batch of 4"):
+        stage_config(parse_recipe(content, "test"), 1)
+    content = _alone(data, tmp_path, "retinanet-r18", {}, **{"optim_wrapper.accumulative_counts": 2})
+    with pytest.raises(RecipeError, match=r"accumulative_counts: .*training\.micro_batch"):
+        stage_config(parse_recipe(content, "test"), 1)
+
+
+def test_a_learning_rate_that_follows_the_batch_counts_it_once(data: Path, tmp_path: Path) -> None:
+    content = _alone(data, tmp_path, "retinanet-r18", {"workers": 4, "batch_size": 8}, **{"auto_scale_lr.enable": True})
+    cfg = stage_config(parse_recipe(content, "test"), 1)
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(0.01 * 8 / 16)
+    assert not cfg.auto_scale_lr.enable
+    assert cfg.train_dataloader.batch_size == cfg.model.batch_size == 8
