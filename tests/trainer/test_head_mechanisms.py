@@ -403,7 +403,7 @@ def test_masks_of_a_view_follow_a_student_of_reduced_input() -> None:
     for sample in small:
         sample.set_metainfo(dict(scale_factor=(0.5, 0.5)))
     found = [one.resized(0.5) for one in detections(masks=True)]
-    truth = DetectionLoss(LEVELS, LEVELS)._pseudo(small[0], found[0], replace(batch, input_scale=0.5)).gt_instances
+    truth = DetectionLoss(LEVELS, LEVELS)._pseudo(0, small[0], found[0], replace(batch, input_scale=0.5)).gt_instances
     for bitmap, (x1, y1, x2, y2) in zip(truth.masks.masks, truth.bboxes.int().tolist(), strict=True):
         assert bitmap[y1:y2, x1:x2].all()
         assert bitmap.sum() == (y2 - y1) * (x2 - x1)
@@ -418,14 +418,14 @@ def test_a_detection_counts_as_often_as_its_score_says_and_the_draw_is_torchs() 
     found = Detections(boxes, np.full(2000, 0.3, np.float32), np.zeros(2000, np.int32))
     drawn = DetectionLoss(LEVELS, LEVELS)
     torch.manual_seed(3)
-    kept = drawn._pseudo(batch.samples[0], found, batch).gt_instances.bboxes
+    kept = drawn._pseudo(0, batch.samples[0], found, batch).gt_instances.bboxes
     assert 240 < len(kept) < 360
     assert kept.max() == 40
     torch.manual_seed(3)
-    assert len(drawn._pseudo(batch.samples[0], found, batch).gt_instances.bboxes) == len(kept)
+    assert len(drawn._pseudo(0, batch.samples[0], found, batch).gt_instances.bboxes) == len(kept)
     for threshold, count in ((0.29, 1000), (0.31, 0)):
         of = DetectionLoss(LEVELS, LEVELS, score_threshold=threshold)
-        assert len(of._pseudo(batch.samples[0], found, batch).gt_instances.bboxes) == count
+        assert len(of._pseudo(0, batch.samples[0], found, batch).gt_instances.bboxes) == count
 
 
 @pytest.mark.parametrize("name", ["fcos", "gfl", "mask-rcnn"])
