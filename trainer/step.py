@@ -54,7 +54,7 @@ def take_step(model: nn.Module, distiller: Any, data: dict[str, Any], optim_wrap
                     parts.next_micro_batch()
                     with optim_wrapper.optim_context(distiller):
                         distiller(**piece, mode="loss")
-        return _descend(model, distiller, pieces, optim_wrapper)
+        return _descend(model, distiller, pieces, optim_wrapper, samples / share)
 
 
 def _share(samples: int, rank: int, world: int) -> int:
@@ -93,8 +93,9 @@ def _widened(piece: dict[str, Any], size: tuple[int, int], preprocessor: Any) ->
 
 
 def _descend(
-    model: nn.Module, distiller: Any, pieces: Sequence[dict[str, Any]], optim_wrapper: OptimWrapper
+    model: nn.Module, distiller: Any, pieces: Sequence[dict[str, Any]], optim_wrapper: OptimWrapper, scale: float
 ) -> dict[str, Tensor]:
+    """Backward and update; ``scale`` makes of the losses of the pieces an estimate of the whole batch's."""
     logged: list[dict[str, Tensor]] = []
     # the wrapper averages gradients over workers; they are to be added up
     world = get_world_size()
@@ -110,7 +111,6 @@ def _descend(
                 optim_wrapper.update_params(loss * world)
             else:
                 optim_wrapper.backward(loss * world)
-    scale = parts.count() / len(pieces)
     return {
         name: torch.stack([logs[name].detach() for logs in logged]).sum() * scale
         if "loss" in name
@@ -138,13 +138,21 @@ def _check_micro_batches(distiller: Any) -> None:
 
 @MODEL_WRAPPERS.register_module()
 class DistributedDistiller(MMDistributedDataParallel):
-    """A `Distiller` on several workers. Batch normalisation, where it uses the batch's statistics, uses the total batch's."""
+    """A `Distiller` on several workers. Batch normalisation, where it uses the batch's statistics, uses the total batch's.
 
-    def __init__(self, module: nn.Module, **options: Any) -> None:
+    Args:
+        find_unused_parameters: for students that do not use all of their parameters in every step.
+        device_ids: what mmengine's Runner thinks, which knows GPUs only; the module's own device is taken.
+    """
+
+    def __init__(self, module: nn.Module, find_unused_parameters: bool = False, device_ids: Any = None) -> None:
         share_batch_norm(module)
         device = next(module.parameters()).device
         super().__init__(
-            module, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False, **options
+            module,
+            device_ids=None if device.type == "cpu" else [device],
+            broadcast_buffers=False,
+            find_unused_parameters=find_unused_parameters,
         )
 
     def train_step(self, data: dict[str, Any], optim_wrapper: OptimWrapper) -> dict[str, Tensor]:

@@ -53,7 +53,11 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, case in {"retinanet-swin": "retinanet", "gfl-r18": "gfl"}.items():
         # each case's recipe needs something else of the teacher: the largest first
         assert precompute.fill(parse_recipe(contents[case], "test"), name) == []
-    cases = {name: {"recipe": content, "steps": STEPS, "worlds": WORLDS} for name, content in contents.items()}
+    # R-CNNs take the best proposals: rounding may change which, and does so in the second step
+    cases = {
+        name: {"recipe": content, "steps": 1 if "mask" in name else STEPS, "worlds": WORLDS}
+        for name, content in contents.items()
+    }
     # what micro-batches are compared with: the same without
     for name in [name for name in cases if name.startswith("micro")]:
         cases[name]["worlds"] = (2, 1)
