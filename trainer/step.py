@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cache import RecipeError
 from trainer import parts
 from trainer.batch_norm import share_batch_norm, trains_on_batches
+from trainer.batches import share as share_of
 
 
 def take_step(model: nn.Module, distiller: Any, data: dict[str, Any], optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
@@ -43,7 +44,7 @@ def take_step(model: nn.Module, distiller: Any, data: dict[str, Any], optim_wrap
     samples = distiller.batch_size if world > 1 and distiller.batch_size else share * world
     micro = distiller.micro_batch or samples
     # shares differ by one at most: every worker knows in how many pieces each of the others cuts its own
-    cuts = [-(-_share(samples, rank, world) // micro) for rank in range(world)]
+    cuts = [-(-len(share_of(range(samples), rank, world)) // micro) for rank in range(world)]
     if max(cuts) > 1:
         _check_micro_batches(distiller)
     with parts.cut(sum(cuts), samples):
@@ -55,10 +56,6 @@ def take_step(model: nn.Module, distiller: Any, data: dict[str, Any], optim_wrap
                     with optim_wrapper.optim_context(distiller):
                         distiller(**piece, mode="loss")
         return _descend(model, distiller, pieces, optim_wrapper, samples / share)
-
-
-def _share(samples: int, rank: int, world: int) -> int:
-    return (rank + 1) * samples // world - rank * samples // world
 
 
 def _pieces(distiller: Any, optim_wrapper: OptimWrapper, data: dict[str, Any], number: int) -> list[dict[str, Any]]:
