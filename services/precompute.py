@@ -20,15 +20,13 @@ from cache import (
 )
 from services import cluster, logs
 from services.actor import ActorJob, TeacherActor
+from services.driver import Tally, drive
 from services.journal import Journal
-from services.pool import Pool, SetAside
+from services.pool import Pool
 from services.present import Progress, complain, duration, say, size
 from services.records import keep_recipe, record_fill, record_use
 from services.trace import Trace
 from trainer import Failure, OrderRows, Recipe, head_file, read_annotations, teacher_info
-
-# the manifest's parts are folded when so many are new, and a quarter of those folded before: work stays linear in units
-_PARTS = 256
 
 
 @dataclass(frozen=True)
@@ -125,50 +123,26 @@ def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: fl
     actors = min(recipe.actors.max, plan.todo_units)
     cpus, gpus = (cluster.share(getattr(recipe.actors, f"{r.lower()}s"), r, actors) for r in ("CPU", "GPU"))
     create = lambda: TeacherActor.options(num_cpus=cpus, num_gpus=gpus).remote(job)  # noqa: E731
-    failures: list[Failure] = []
-    computed, written, device_seconds, parts, folded = 0, 0, 0.0, 0, 0
+    tally = Tally()
     with (
         Progress(f"teacher {teacher}", plan.total, plan.total - plan.todo) as progress,
         Journal(storage, plan, lease, actors) as journal,
     ):
         pool = Pool(create, actors, min(recipe.actors.min, actors), progress.notice)
         try:
-            for outcome in pool.run(plan.units()):
-                lease.check()
-                progress.begin(pool.begun)
-                journal.update(pool.begun, pool.retried)
-                if isinstance(outcome, SetAside):
-                    lost = [Failure(r.image_id, r.view, r.file_name, outcome.reason) for r in outcome.unit.rows]
-                    failures += lost
-                    progress.advance(0, len(lost))
-                    journal.count(0, 0, lost)
-                    logs.event("unit set aside", teacher=teacher, unit=outcome.unit.name, reason=outcome.reason)
-                    continue
-                if trace is not None:
-                    trace.add(outcome)
-                failures += outcome.failures
-                computed += outcome.rows
-                written += outcome.written_bytes
-                device_seconds += outcome.device_seconds
-                progress.advance(outcome.rows, len(outcome.failures))
-                journal.count(outcome.rows, outcome.written_bytes, outcome.failures)
-                parts += outcome.rows > 0
-                if parts > max(_PARTS, folded // 4):
-                    folded, parts = folded + compact(storage, plan.info), 0
+            drive(pool, plan, storage, lease, journal, progress, tally, trace)
         finally:
             pool.close()
-            now = time.monotonic()
-            share = device_seconds / max(1e-9, actors * (now - (pool.begun or now)))
             result = FillResult(
                 teacher,
                 plan.info.name,
                 plan.total,
-                computed,
-                tuple(failures),
-                written,
+                tally.computed,
+                tuple(tally.failures),
+                tally.written_bytes,
                 plan.stored_bytes,
-                now - started,
-                share,
+                time.monotonic() - started,
+                tally.device_seconds / max(1e-9, pool.up_seconds),
             )
             try:
                 record_fill(recipe, result)  # of a run that was interrupted too: what it committed stays
