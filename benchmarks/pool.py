@@ -35,9 +35,9 @@ from rich.table import Table
 
 import cache
 from benchmarks.scale import draw
-from services.actor import UnitRecord
 from services.driver import Tally, drive
 from services.journal import Journal
+from services.outcome import UnitRecord
 from services.pool import PIPELINE_DEPTH, Pool
 from services.present import Progress
 
@@ -163,7 +163,9 @@ def main(
     Console().print(table)
     for m in measured:
         if m["actors"] == 16:
-            print(f"16 actors: {EFFICIENCY} of the ideal {m['efficiency'] >= EFFICIENCY}, < {CORE} of a core {m['core'] < CORE}")
+            print(
+                f"16 actors: {EFFICIENCY} of the ideal {m['efficiency'] >= EFFICIENCY}, < {CORE} of a core {m['core'] < CORE}"
+            )
     if json_path:
         json_path.write_text(json.dumps(measured, indent=1))
 

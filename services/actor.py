@@ -12,9 +12,10 @@ import torch
 from cache import GroupInfo, Policy, RowTargets, Unit, fence, open_storage, write_unit
 from services import logs
 from services.metrics import ActorMeter
+from services.outcome import UnitRecord
 from services.pool import PIPELINE_DEPTH
-from services.spans import Span, Spans
-from trainer import Failure, SplitSpec, Teacher, TeacherSpec, UnitComputer
+from services.spans import Spans
+from trainer import SplitSpec, Teacher, TeacherSpec, UnitComputer
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,6 @@ class ActorJob:
     split: SplitSpec
     log: str = ""
     traced: bool = False
-
-
-@dataclass(frozen=True)
-class UnitRecord:
-    """What an actor reports of a unit; the targets themselves never travel through Ray.
-
-    Attributes:
-        rows: rows committed.
-        device_seconds: time the unit held the device.
-        actor: host and process.
-        spans: when the unit was decoded, computed and written; empty if that was not asked for.
-    """
-
-    unit: str
-    rows: int
-    failures: tuple[Failure, ...]
-    written_bytes: int
-    device_seconds: float
-    teacher: str = ""
-    actor: str = ""
-    spans: tuple[Span, ...] = ()
 
 
 @ray.remote(max_concurrency=PIPELINE_DEPTH)
