@@ -53,7 +53,7 @@ class TeacherActor:
         """Load the teacher. Not done on creation, for an error there would arrive as the death of the actor.
 
         Returns:
-            Host and process, for logs.
+            The id of the node that it is on.
 
         Raises:
             TeacherLoadError: config and checkpoint do not fit.
@@ -66,12 +66,13 @@ class TeacherActor:
             teacher, job.info, job.policy, job.split, job.spec.batch_size, decoders=max(1, int(cpus))
         )
         logs.event("teacher loaded", teacher=job.info.teacher, device=device)
-        return self._name
+        return ray.get_runtime_context().get_node_id()
 
     def run(self, unit: Unit) -> UnitRecord:
         """Decode, compute, write and commit one unit."""
         assert self._computer is not None, "load() comes first"
         teacher, meter, spans = self._job.info.teacher, self._meter, Spans()
+        logs.event("unit begun", teacher=teacher, unit=unit.name)
         with meter.phase(spans, "decode"):
             views, unusable = self._computer.decode(unit)
         with meter.phase(spans, "wait"):
