@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, count, takewhile
 from pathlib import Path
 
@@ -54,12 +54,20 @@ def units(number: int, bucket: str = "a", first: int = 0) -> list[Unit]:
 
 
 def ended_after(seconds: float) -> threading.Event:
-    """A signal to stop, which ends a run that would never end: the test then fails with KeyboardInterrupt."""
+    """A signal that stops a run which would never end."""
     stop = threading.Event()
     timer = threading.Timer(seconds, stop.set)
     timer.daemon = True
     timer.start()
     return stop
+
+
+def outcomes(made: Pool, wanted: Iterable[Unit]) -> Iterator[tuple[str, str]]:
+    """Names and nodes of the units as they come."""
+    try:
+        yield from made.run(wanted)
+    except KeyboardInterrupt:
+        pytest.fail("the run did not end, and was stopped")
 
 
 def test_no_node_can_hold_an_actor_and_the_notice_says_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +99,8 @@ def test_the_end_of_one_pool_makes_room_for_another() -> None:
     first = Pool(Puppet.options(num_cpus=1).remote, 1, 1, print, stop=ended_after(60))
     second = Pool(Puppet.options(num_cpus=1).remote, 1, 1, print, stop=ended_after(60))
     # not closed: its actor must go because no unit is left, for the only CPU is the other's then
-    assert len(list(first.run(units(5)))) == 5
-    assert len(list(second.run(units(5)))) == 5
+    assert len(list(outcomes(first, units(5)))) == 5
+    assert len(list(outcomes(second, units(5)))) == 5
 
 
 def test_a_node_that_comes_in_mid_run_takes_its_share(nodes: Cluster) -> None:
@@ -100,7 +108,7 @@ def test_a_node_that_comes_in_mid_run_takes_its_share(nodes: Cluster) -> None:
     seen: Counter[str] = Counter()
     names, added = [], None
     endless = (Unit("a", index, 4, ()) for index in count())
-    for name, node in made.run(takewhile(lambda _: len(seen) < 2, endless)):
+    for name, node in outcomes(made, takewhile(lambda _: len(seen) < 2, endless)):
         names.append(name)
         seen[node] += 1
         if added is None and len(names) == 5:
@@ -115,11 +123,11 @@ def test_an_idle_actor_is_given_back_while_another_still_works(tmp_path: Path) -
     file = tmp_path / "go"
     slow = Pool(lambda: Puppet.options(num_cpus=1).remote(file), 3, 3, print, stop=ended_after(60))
     done: list[object] = []
-    thread = threading.Thread(target=lambda: done.extend(slow.run([*units(1, "stuck"), *units(5)])))
+    thread = threading.Thread(target=lambda: done.extend(slow.run([*units(1, "stuck"), *units(5)])), daemon=True)
     thread.start()
-    # two of the three CPUs are needed for this one's only actor
-    other = Pool(Puppet.options(num_cpus=2).remote, 1, 1, print, stop=ended_after(60))
-    assert len(list(other.run(units(4)))) == 4
+    # this one needs both of the CPUs that the idle ones had
+    other = Pool(Puppet.options(num_cpus=1).remote, 2, 2, print, stop=ended_after(60))
+    assert len(list(outcomes(other, units(4)))) == 4
     assert file.with_suffix(".begun").exists()
     assert len(done) == 5
     file.touch()
@@ -147,7 +155,7 @@ def test_a_node_that_goes_gets_nothing_more_and_what_it_cannot_finish_is_done_el
     last: list[str] = []  # what came from the node after the notice
     killed = False
     for number, (name, node) in enumerate(
-        made.run(chain(units(1, "stuck"), takewhile(lambda _: not file.exists(), endless)))
+        outcomes(made, chain(units(1, "stuck"), takewhile(lambda _: not file.exists(), endless)))
     ):
         assert name not in outcomes
         outcomes[name] = node
