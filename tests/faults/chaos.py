@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 import yaml
+from ray._common.utils import reset_ray_address
 from ray._private.node import Node
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
@@ -68,6 +69,13 @@ class Report:
     def again(self) -> int:
         """Units that were begun again, each time counted."""
         return self.begun.total() - len(self.begun)
+
+    def __str__(self) -> str:
+        return (
+            f"{dict(self.strikes)}, {self.drivers} drivers, {self.seconds:.0f} s; {len(self.begun)} units, {self.again} times "
+            f"one was begun again (at most {self.allowed} were in flight), {self.committed.total() - len(self.committed)} times "
+            f"committed again, {len(self.repeated)} begun though known to be committed"
+        )
 
 
 def job(folder: Path, images: int) -> dict[str, Any]:
@@ -117,6 +125,7 @@ class Ground:
     def close(self) -> None:
         """Nothing is left running."""
         kill([p for node in (*self.nodes, self.cluster.head_node) for p in processes(node)] + self.orphans)
+        reset_ray_address()
 
 
 def processes(node: Node) -> list[psutil.Process]:
@@ -282,14 +291,10 @@ def main(
         for seed in range(first, first + seeds):
             campaign = Campaign(content, Path(name) / f"seed-{seed}", seed)
             report = campaign.run(random.Random(seed).choices(KINDS, k=events))
-            same = digests(campaign.recipe) == expected
-            print(
-                f"seed {seed}: strikes {dict(report.strikes)}, {report.drivers} drivers, {report.rows} of {2 * images} rows, "
-                f"files equal: {same}; units {len(report.begun)}, begun again {report.again} (at most {report.allowed} in "
-                f"flight), committed again {report.committed.total() - len(report.committed)}, begun though known as "
-                f"committed {len(report.repeated)}; {report.seconds:.0f} s",
-                flush=True,
-            )
+            found = digests(campaign.recipe)
+            other = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+            files = f"{len(other)} of {len(expected)} files differ" + "".join(f" {name}" for name in other[:5])
+            print(f"seed {seed}: {report}; {report.rows} of {2 * images} rows, {files}", flush=True)
 
 
 if __name__ == "__main__":

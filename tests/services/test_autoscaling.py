@@ -40,7 +40,13 @@ def scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "cluster_name": "test",
         "max_workers": 2,
         "idle_timeout_minutes": 0.05,
-        "provider": {"type": "fake_multinode", "gcs_address": f"{ADDRESS}:{port}"},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": f"{ADDRESS}:{port}",
+            "use_node_id_as_ip": True,  # all have the same address
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
         "available_node_types": kinds,
         "head_node_type": "head",
         "upscaling_speed": 1.0,
