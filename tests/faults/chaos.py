@@ -89,9 +89,9 @@ def job(folder: Path, images: int) -> dict[str, Any]:
 
 
 def digests(recipe: Recipe) -> dict[str, str]:
-    """A hash of every file of the teacher's group, but of those that tell of runs."""
+    """A hash of every file of the teacher's group, but of those that tell of runs, and what killed writers leave unfinished."""
     root = Path(recipe.cache.uri) / teacher_info(recipe, "small").name
-    files = [f for f in root.rglob("*") if f.is_file() and f.name not in (LEASE, PROGRESS)]
+    files = [f for f in root.rglob("*") if f.is_file() and f.name not in (LEASE, PROGRESS) and f.suffix != ".tmp"]
     return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
