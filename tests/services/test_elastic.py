@@ -95,14 +95,6 @@ def test_no_node_can_hold_an_actor_and_the_notice_says_the_numbers(monkeypatch: 
     assert cluster.obstacle(Demand(1, 0)) == ""
 
 
-def test_the_end_of_one_pool_makes_room_for_another() -> None:
-    first = Pool(Puppet.options(num_cpus=1).remote, 1, 1, print, stop=ended_after(60))
-    second = Pool(Puppet.options(num_cpus=1).remote, 1, 1, print, stop=ended_after(60))
-    # not closed: its actor must go because no unit is left, for the only CPU is the other's then
-    assert len(list(outcomes(first, units(5)))) == 5
-    assert len(list(outcomes(second, units(5)))) == 5
-
-
 def test_a_node_that_comes_in_mid_run_takes_its_share(nodes: Cluster) -> None:
     made = Pool(Puppet.options(num_cpus=1).remote, 3, 1, print, stop=ended_after(60))
     seen: Counter[str] = Counter()
@@ -138,7 +130,6 @@ def test_an_idle_actor_is_given_back_while_another_still_works(tmp_path: Path) -
     assert len(done) == 5
     file.touch()
     thread.join()
-    slow.close()
     assert len(done) == 6
 
 
