@@ -45,7 +45,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cache
-from services import precompute
+from services import filling, precompute
 from services.pool import Pool
 from trainer import Recipe, Teacher, UnitComputer, parse_recipe
 from trainer.compute import Pixels
@@ -107,7 +107,7 @@ def actor_seconds() -> float:
 def run_precompute(recipe: Recipe, images: int) -> dict[str, float]:
     """A precompute into an empty cache; rates in images/s."""
     begin = time.monotonic()
-    with mock.patch.object(precompute, "Pool", Recorded), redirect_stdout(io.StringIO()):
+    with mock.patch.object(filling, "Pool", Recorded), redirect_stdout(io.StringIO()):
         result = precompute.fill(recipe, "teacher")
     pool = Recorded.last
     assert not result.failures

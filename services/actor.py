@@ -12,9 +12,10 @@ import torch
 from cache import GroupInfo, Policy, RowTargets, Unit, fence, open_storage, write_unit
 from services import logs
 from services.metrics import ActorMeter
+from services.outcome import UnitRecord
 from services.pool import PIPELINE_DEPTH
-from services.spans import Span, Spans
-from trainer import Failure, SplitSpec, Teacher, TeacherSpec, UnitComputer
+from services.spans import Spans
+from trainer import SplitSpec, Teacher, TeacherSpec, UnitComputer
 
 
 @dataclass(frozen=True)
@@ -36,27 +37,6 @@ class ActorJob:
     traced: bool = False
 
 
-@dataclass(frozen=True)
-class UnitRecord:
-    """What an actor reports of a unit; the targets themselves never travel through Ray.
-
-    Attributes:
-        rows: rows committed.
-        device_seconds: time the unit held the device.
-        actor: host and process.
-        spans: when the unit was decoded, computed and written; empty if that was not asked for.
-    """
-
-    unit: str
-    rows: int
-    failures: tuple[Failure, ...]
-    written_bytes: int
-    device_seconds: float
-    teacher: str = ""
-    actor: str = ""
-    spans: tuple[Span, ...] = ()
-
-
 @ray.remote(max_concurrency=PIPELINE_DEPTH)
 class TeacherActor:
     """Holds one teacher. Up to `PIPELINE_DEPTH` calls of `run` overlap; one at a time is on the device."""
@@ -73,7 +53,7 @@ class TeacherActor:
         """Load the teacher. Not done on creation, for an error there would arrive as the death of the actor.
 
         Returns:
-            Host and process, for logs.
+            The id of the node that it is on.
 
         Raises:
             TeacherLoadError: config and checkpoint do not fit.
@@ -86,12 +66,13 @@ class TeacherActor:
             teacher, job.info, job.policy, job.split, job.spec.batch_size, decoders=max(1, int(cpus))
         )
         logs.event("teacher loaded", teacher=job.info.teacher, device=device)
-        return self._name
+        return ray.get_runtime_context().get_node_id()
 
     def run(self, unit: Unit) -> UnitRecord:
         """Decode, compute, write and commit one unit."""
         assert self._computer is not None, "load() comes first"
         teacher, meter, spans = self._job.info.teacher, self._meter, Spans()
+        logs.event("unit begun", teacher=teacher, unit=unit.name)
         with meter.phase(spans, "decode"):
             views, unusable = self._computer.decode(unit)
         with meter.phase(spans, "wait"):

@@ -15,7 +15,7 @@ from services import logs, looking, maintain
 from services.measure import measure_job
 from services.order import decided, decided_if_known, find_order, show_order
 from services.plan import plan_record, show_plans
-from services.precompute import fill, plan_teacher, refuse_too_large, show_fill, used_teachers
+from services.precompute import fill_all, plan_teacher, refuse_too_large, show_fill, used_teachers
 from services.present import complain, duration, say, table
 from services.report import write_report
 from services.trace import Trace
@@ -79,7 +79,7 @@ def precompute(
     """Fill the cache on the Ray cluster (a local one if there is none). Resumes by itself."""
     content = decided(load_recipe(recipe))
     with nullcontext() if trace is None else Trace(trace) as traced:
-        results = [fill(content, name, force=force, trace=traced) for name in _teachers(content, teacher)]
+        results = fill_all(content, _teachers(content, teacher), force=force, trace=traced)
     for result in results:
         show_fill(result)
     if any(result.failures for result in results):
@@ -120,7 +120,7 @@ def train_command(
 def run(recipe: RecipeFile, force: Force = False) -> None:
     """The whole job: find the order of teachers if it is asked for, precompute them, train every stage, evaluate, report."""
     content = decided(load_recipe(recipe), compute=True, force=force)
-    fills = [fill(content, name, force=force) for name in used_teachers(content)]
+    fills = fill_all(content, used_teachers(content), force=force)
     for result in fills:
         show_fill(result)
     if any(result.failures for result in fills):

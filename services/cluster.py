@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -75,15 +77,66 @@ def refuse_temporary_paths(recipe: Recipe) -> None:
             )
 
 
-def share(amount: float | None, resource: str, workers: int) -> float:
-    """What each of ``workers`` gets of a resource: ``amount`` if the recipe gives it.
+@dataclass(frozen=True)
+class Demand:
+    """What each of several workers asks for."""
 
-    Otherwise one GPU where the cluster has any; four CPUs beside a GPU, or an equal share of all CPUs.
+    cpus: float
+    gpus: float
+
+
+def demand(cpus: float | None, gpus: float | None, workers: int) -> Demand:
+    """What each of ``workers`` asks for: what the recipe gives, and what suits the nodes that are up where it gives nothing.
+
+    By default one GPU where any node has one. Beside a GPU four CPUs, or the node's share of each of its GPUs if that is
+    less; without one as many CPUs as let all workers be placed, the most that a node has if there are few.
     """
-    if amount is not None:
-        return amount
-    total = ray.cluster_resources()
-    gpus = total.get("GPU", 0)
-    if resource == "GPU":
-        return 1 if gpus else 0
-    return min(4, total.get("CPU", 1)) if gpus else max(1, int(total.get("CPU", 1)) // workers)
+    nodes = _nodes()
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
+    if cpus is None:
+        cpus = _cpus_beside(gpus, nodes, workers) if gpus else _cpus_alone(nodes, workers)
+    return Demand(cpus, gpus)
+
+
+def _cpus_beside(gpus: float, nodes: list[dict[str, float]], workers: int) -> float:
+    hosts = [node for node in nodes if node.get("GPU", 0) >= gpus]
+    shares = [node.get("CPU", 0) / min(int(node["GPU"] / gpus), workers) for node in hosts]
+    least = min([4.0, *shares])
+    return float(int(least)) if least >= 1 else least
+
+
+def _cpus_alone(nodes: list[dict[str, float]], workers: int) -> float:
+    counts = [int(node.get("CPU", 0)) for node in nodes]
+    most = range(max(counts, default=1), 0, -1)
+    return float(next((each for each in most if sum(count // each for count in counts) >= workers), 1))
+
+
+def share(amount: float | None, resource: str, workers: int) -> float:
+    """What each of ``workers`` gets of ``CPU`` or ``GPU``: ``amount`` if the recipe gives it, else as `demand` says."""
+    return demand(amount, None, workers).cpus if resource == "CPU" else demand(None, amount, workers).gpus
+
+
+def obstacle(wanted: Demand) -> str:
+    """Why no node that is up can ever hold such a worker, for the user; empty if one can."""
+    nodes = _nodes()
+    if any(node.get("CPU", 0) >= wanted.cpus and node.get("GPU", 0) >= wanted.gpus for node in nodes):
+        return ""
+    shapes = Counter((node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
+    listed = [f"{count} with {cpus:g} CPUs and {gpus:g} GPUs" for (cpus, gpus), count in shapes.most_common(4)]
+    return (
+        f"no node that is up can hold a teacher actor: each asks for {wanted.cpus:g} CPUs and {wanted.gpus:g} GPUs; nodes: "
+        f"{', '.join(listed)}{' and others' if len(shapes) > 4 else ''}. This waits until an autoscaler or somebody adds a "
+        "larger one; else stop it and lower actors.cpus or actors.gpus"
+    )
+
+
+def draining() -> frozenset[str]:
+    """The ids of nodes that are about to go: a spot node after its notice, one that is scaled down or drained by hand."""
+    # Ray's own Train and Serve ask the same; there is no public call
+    return frozenset(ray._private.state.state.get_draining_nodes())
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of each node that is up."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -8,7 +8,7 @@ import yaml
 
 from cache import RecipeError
 from services import cluster
-from services.precompute import fill, plan_teacher, used_teachers
+from services.precompute import fill_all, plan_teacher, used_teachers
 from services.present import duration, say, size, table
 from services.report import write_report
 from services.train import ap, train
@@ -38,7 +38,7 @@ def run(work_dir: Path) -> None:
     plans = {name: plan_teacher(progressive, name) for name in used_teachers(progressive)}
     for name, plan in plans.items():
         say(f"plan: teacher {name}: {plan.total:,} rows in {len(plan.buckets)} buckets, {size(plan.stored_bytes)}")
-    fills = [fill(progressive, name) for name in plans]
+    fills = fill_all(progressive, list(plans))
     if failures := [failure for result in fills for failure in result.failures]:
         raise RecipeError(f"{len(failures)} rows failed, the first: {failures[0]}. Delete {work_dir} and begin again.")
     results = {}

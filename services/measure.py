@@ -106,11 +106,11 @@ def _images(split: SplitSpec, name: str) -> int:
 
 
 def _share(cpus: float | None, gpus: float | None, count: int) -> Share:
-    given = cluster.share(cpus, "CPU", count)
+    wanted = cluster.demand(cpus, gpus, count)
     # Ray gives a process as many threads as processors, unless the user says otherwise
     named = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is for nested regions
-    threads = (int(named) if named.isdigit() else 0) or max(1, int(given))
-    return Share(given, cluster.share(gpus, "GPU", count), threads)
+    threads = (int(named) if named.isdigit() else 0) or max(1, int(wanted.cpus))
+    return Share(wanted.cpus, wanted.gpus, threads)
 
 
 @ray.remote(max_retries=0)

@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 
 from cache import MtpdError, RecipeError, TeacherCache, differences, make_plan
 from services import cluster
-from services.precompute import fill, show_failures
+from services.precompute import fill_all, show_failures
 from services.present import Progress, say, table
 from trainer import (
     STUDENT,
@@ -74,8 +74,8 @@ def find_order(recipe: Recipe, *, force: bool = False) -> Order:
     images = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").images
     options = recipe.order
     rows = choose_rows(images.ids.tolist(), len(recipe.policy), options.images, options.seed)
-    for name in candidates.teachers:
-        show_failures(fill(candidates, name, force=force, rows=rows))
+    for result in fill_all(candidates, list(candidates.teachers), force=force, rows=rows):
+        show_failures(result)
     aps = {name: _accuracy(recipe, candidates, name) for name in recipe.teachers}
     caches = {name: _open(candidates, name) for name in candidates.teachers}
     rows = _present(rows, caches)
@@ -190,8 +190,8 @@ def _accuracy(recipe: Recipe, candidates: Recipe, name: str) -> float:
 
 def _evaluate(recipe: Recipe, name: str) -> float:
     cluster.connect()
-    cpus, gpus = (cluster.share(getattr(recipe.actors, f"{r.lower()}s"), r, 1) for r in ("CPU", "GPU"))
-    task = ray.remote(evaluate_teacher).options(num_cpus=cpus, num_gpus=gpus)
+    wanted = cluster.demand(recipe.actors.cpus, recipe.actors.gpus, 1)
+    task = ray.remote(evaluate_teacher).options(num_cpus=wanted.cpus, num_gpus=wanted.gpus)
     try:
         return float(ray.get(task.remote(recipe, name, Path(recipe.work_dir) / "evaluations" / name)))
     except RayTaskError as error:

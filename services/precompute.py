@@ -1,58 +1,26 @@
-"""The driver of a precompute: plan, lease, pool of teacher actors, manifest."""
+"""A precompute: the teachers of a recipe, one or several at once, on one cluster."""
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 
-from cache import (
-    BudgetError,
-    GroupInfo,
-    Lease,
-    MtpdError,
-    Plan,
-    Storage,
-    compact,
-    load_index,
-    make_plan,
-    open_storage,
-    prepare,
-    write_head,
-)
-from services import cluster, logs
-from services.actor import ActorJob, TeacherActor
-from services.journal import Journal
-from services.pool import Pool, SetAside
-from services.present import Progress, complain, duration, say, size
-from services.records import keep_recipe, record_fill, record_use
+from cache import MtpdError, Plan, open_storage
+from services import cluster
+from services.filling import Filling, FillResult, Turn, plan_group, refuse_too_large
+from services.present import complain, duration, say, size
 from services.trace import Trace
-from trainer import Failure, OrderRows, Recipe, head_file, read_annotations, teacher_info
+from trainer import OrderRows, Recipe, teacher_info
 
-# the manifest's parts are folded when so many are new, and a quarter of those folded before: work stays linear in units
-_PARTS = 256
-
-
-@dataclass(frozen=True)
-class FillResult:
-    """What a precompute of one teacher did.
-
-    Attributes:
-        total: rows that the recipe asks for.
-        computed: rows computed and committed now; as many teacher forwards.
-        failures: (image, view)s without targets, and why.
-        written_bytes: bytes written now.
-        stored_bytes: bytes of all shards of the teacher's group.
-        device_share: share of the actors' time in which their device was busy.
-    """
-
-    teacher: str
-    group: str
-    total: int
-    computed: int
-    failures: tuple[Failure, ...]
-    written_bytes: int
-    stored_bytes: int
-    seconds: float
-    device_share: float
+__all__ = [
+    "FillResult",
+    "fill",
+    "fill_all",
+    "plan_teacher",
+    "refuse_too_large",
+    "show_failures",
+    "show_fill",
+    "used_teachers",
+]
 
 
 def used_teachers(recipe: Recipe) -> list[str]:
@@ -62,7 +30,7 @@ def used_teachers(recipe: Recipe) -> list[str]:
 
 def plan_teacher(recipe: Recipe, teacher: str) -> Plan:
     """The plan of one teacher over what is committed. Nothing is written."""
-    return _plan(recipe, open_storage(recipe.cache.uri), teacher_info(recipe, teacher))
+    return plan_group(recipe, open_storage(recipe.cache.uri), teacher_info(recipe, teacher))
 
 
 def fill(
@@ -80,116 +48,97 @@ def fill(
         BudgetError: the plan does not fit the disk.
         TeacherLoadError, StaleCacheError, CorruptShardError: see there.
     """
-    started = time.monotonic()
-    cluster.refuse_temporary_paths(recipe)
-    info = teacher_info(recipe, teacher)
-    storage = open_storage(recipe.cache.uri)
-    if rows is None:  # else it is the order's recipe, in which the student is among the teachers
-        keep_recipe(recipe)
-        record_use(recipe, info)
-    with Lease(storage, info.name) as lease:
-        compact(storage, info)
-        plan = _plan(recipe, storage, info, rows)
-        if not force:
-            refuse_too_large(storage, [plan])
-        # also where every row is there: what was damaged of attributes and head is written anew
-        prepare(storage, plan)
-        if info.head is not None:
-            write_head(storage, info, head_file(recipe.teachers[teacher], teacher))
-        if plan.todo == 0:
-            say(f"teacher {teacher}: all {plan.total:,} rows are in the cache")
-            return FillResult(teacher, info.name, plan.total, 0, (), 0, plan.stored_bytes, 0.0, 0.0)
-        result = _run(recipe, storage, plan, lease, started, trace)
-        lease.check()
-        compact(storage, info)
-    return result
+    with Filling(recipe, teacher, force=force, rows=rows) as filling:
+        if filling.plan.todo:
+            cluster.connect()
+        return filling.run(trace)
 
 
-def _plan(recipe: Recipe, storage: Storage, info: GroupInfo, rows: OrderRows | None = None) -> Plan:
-    images = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").images
-    return make_plan(
-        images,
-        recipe.policy,
-        info,
-        committed=load_index(storage, info),
-        unit_rows=recipe.cache.unit_rows,
-        wanted=None if rows is None else rows.wanted(images.ids, len(recipe.policy)),
-    )
+def fill_all(
+    recipe: Recipe,
+    teachers: Sequence[str],
+    *,
+    force: bool = False,
+    rows: OrderRows | None = None,
+    trace: Trace | None = None,
+) -> list[FillResult]:
+    """`fill` several teachers at once: the actors of all share the cluster.
 
+    The first teacher's actors are asked for first, the next one's when that has begun, and so on: what the cluster has
+    beyond the first is the second's, and each actor that one teacher has no unit left for makes room for another's. An error
+    in one ends that one alone; the others are filled, and then it is raised.
 
-def _run(recipe: Recipe, storage: Storage, plan: Plan, lease: Lease, started: float, trace: Trace | None) -> FillResult:
-    teacher = plan.info.teacher
-    spec, split = recipe.teachers[teacher], recipe.dataset.train
-    job = ActorJob(recipe.cache.uri, lease.run, plan.info, spec, recipe.policy, split, logs.style(), trace is not None)
-    cluster.connect()
-    actors = min(recipe.actors.max, plan.todo_units)
-    cpus, gpus = (cluster.share(getattr(recipe.actors, f"{r.lower()}s"), r, actors) for r in ("CPU", "GPU"))
-    create = lambda: TeacherActor.options(num_cpus=cpus, num_gpus=gpus).remote(job)  # noqa: E731
-    failures: list[Failure] = []
-    computed, written, device_seconds, parts, folded = 0, 0, 0.0, 0, 0
-    with (
-        Progress(f"teacher {teacher}", plan.total, plan.total - plan.todo) as progress,
-        Journal(storage, plan, lease, actors) as journal,
-    ):
-        pool = Pool(create, actors, min(recipe.actors.min, actors), progress.notice)
-        try:
-            for outcome in pool.run(plan.units()):
-                lease.check()
-                progress.begin(pool.begun)
-                journal.update(pool.begun, pool.retried)
-                if isinstance(outcome, SetAside):
-                    lost = [Failure(r.image_id, r.view, r.file_name, outcome.reason) for r in outcome.unit.rows]
-                    failures += lost
-                    progress.advance(0, len(lost))
-                    journal.count(0, 0, lost)
-                    logs.event("unit set aside", teacher=teacher, unit=outcome.unit.name, reason=outcome.reason)
-                    continue
-                if trace is not None:
-                    trace.add(outcome)
-                failures += outcome.failures
-                computed += outcome.rows
-                written += outcome.written_bytes
-                device_seconds += outcome.device_seconds
-                progress.advance(outcome.rows, len(outcome.failures))
-                journal.count(outcome.rows, outcome.written_bytes, outcome.failures)
-                parts += outcome.rows > 0
-                if parts > max(_PARTS, folded // 4):
-                    folded, parts = folded + compact(storage, plan.info), 0
-        finally:
-            pool.close()
-            now = time.monotonic()
-            share = device_seconds / max(1e-9, actors * (now - (pool.begun or now)))
-            result = FillResult(
-                teacher,
-                plan.info.name,
-                plan.total,
-                computed,
-                tuple(failures),
-                written,
-                plan.stored_bytes,
-                now - started,
-                share,
-            )
-            try:
-                record_fill(recipe, result)  # of a run that was interrupted too: what it committed stays
-            except (MtpdError, OSError) as error:  # the record is for reports; it must not hide why the run ended
-                complain(f"what this precompute did is not recorded: {error}")
-    return result
-
-
-def refuse_too_large(storage: Storage, plans: Sequence[Plan]) -> None:
-    """Stop before a disk is filled that cannot hold what is left to write.
+    Returns:
+        What was done, in the teachers' order.
 
     Raises:
-        BudgetError: it does not fit; object storage always does.
+        MtpdError: see `fill`; of several errors the first, the others are printed.
+        KeyboardInterrupt: all were stopped; what was committed stays.
     """
-    free, needed = storage.free_bytes(), sum(plan.todo_bytes for plan in plans)
-    if free is not None and needed > free:
-        raise BudgetError(
-            f"cache.uri: the plan needs {size(needed)} more and {storage.where()} has {size(free)} free. Free some, choose "
-            "another disk, store fewer levels (teachers.NAME.levels), pool the finest (teachers.NAME.pool), use int4 or fewer "
-            "views, or pass --force."
-        )
+    if len(teachers) == 1:
+        return [fill(recipe, teachers[0], force=force, rows=rows, trace=trace)]
+    errors: dict[str, BaseException] = {}
+    results: dict[str, FillResult] = {}
+    with ExitStack() as stack:
+        fillings: dict[str, Filling] = {}
+        for name in teachers:
+            plans = [filling.plan for filling in fillings.values()]
+            with _kept(name, errors):
+                filling = Filling(recipe, name, force=force, rows=rows, others=plans)
+                fillings[name] = stack.enter_context(filling)
+        if any(filling.plan.todo for filling in fillings.values()):
+            cluster.connect()
+        _run_together(fillings, trace, results, errors)
+    if not errors:
+        return [results[name] for name in teachers]
+    for result in results.values():
+        show_fill(result)
+    raise next(iter(errors.values()))
+
+
+def _run_together(
+    fillings: dict[str, Filling],
+    trace: Trace | None,
+    results: dict[str, FillResult],
+    errors: dict[str, BaseException],
+) -> None:
+    """Run each in a thread of its own; when this one is interrupted, stop all."""
+    stop, before = threading.Event(), None
+    threads = []
+
+    def work(name: str, filling: Filling, turn: Turn) -> None:
+        with _kept(name, errors), closing(filling):  # the others may take hours
+            results[name] = filling.run(trace, turn)
+
+    for name, filling in fillings.items():
+        turn = Turn(stop, before)
+        before = turn.done
+        threads.append(threading.Thread(target=work, args=(name, filling, turn), name=f"fill {name}", daemon=True))
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+@contextmanager
+def _kept(name: str, errors: dict[str, BaseException]) -> Iterator[None]:
+    """Keep an error of one teacher for later, and say so; in a thread also that it was told to stop."""
+    try:
+        yield
+    except MtpdError as error:
+        errors[name] = error
+        complain(f"teacher {name}: {error}")
+    except Exception as error:  # noqa: BLE001 - raised again when the others are done
+        errors[name] = error
+        complain(f"teacher {name}: {error!r}")
+    except KeyboardInterrupt:
+        if threading.current_thread() is threading.main_thread():
+            raise
 
 
 def show_fill(result: FillResult) -> None:

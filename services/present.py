@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -68,6 +69,43 @@ def ago(moment: float) -> str:
     return duration(seconds) if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
 
 
+class _Bars:
+    """One live display for all bars of this process: a terminal has room for one."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        columns = rich.progress
+        self._display = columns.Progress(
+            columns.TextColumn("{task.description}"),
+            columns.BarColumn(),
+            columns.MofNCompleteColumn(),
+            columns.TextColumn("{task.fields[note]}"),
+            console=_console,
+        )
+
+    def open(self, title: str, total: int, done: int) -> rich.progress.TaskID:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._display.start()
+            return self._display.add_task(title, total=total, completed=done, note="")
+
+    def update(self, bar: rich.progress.TaskID, done: int, note: str) -> None:
+        self._display.update(bar, completed=done, note=note)
+
+    def close(self, bar: rich.progress.TaskID) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+            self._display.stop()
+            for task in self._display.task_ids:  # they stay on the screen, and do not come again with the next
+                self._display.remove_task(task)
+
+
+_bars = _Bars()
+
+
 class Progress:
     """Images done, images/s and time left: a bar on a terminal, else a line every few seconds.
 
@@ -78,20 +116,11 @@ class Progress:
         self._title, self._total, self._done, self._first = title, total, done, done
         self._failed = 0
         self._started = self._printed = time.monotonic()
-        self._bar: rich.progress.Progress | None = None
+        self._bar: rich.progress.TaskID | None = None
 
     def __enter__(self) -> "Progress":
         if _console.is_terminal and not logs.style():
-            columns = rich.progress
-            self._bar = columns.Progress(
-                columns.TextColumn("{task.description}"),
-                columns.BarColumn(),
-                columns.MofNCompleteColumn(),
-                columns.TextColumn("{task.fields[note]}"),
-                console=_console,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self._title, total=self._total, completed=self._done, note="")
+            self._bar = _bars.open(self._title, self._total, self._done)
         else:
             say(f"{self._title}: {self._total - self._done:,} of {self._total:,} images to compute")
         return self
@@ -100,7 +129,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            _bars.close(self._bar)
         elif error is None:
             say(f"{self._title}: {self._state()}")
 
@@ -114,7 +143,7 @@ class Progress:
         self._failed += failed
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done + self._failed, note=self._state())
+            _bars.update(self._bar, self._done + self._failed, self._state())
         elif now - self._printed > _LINE_SECONDS:
             self._printed = now
             say(f"{self._title}: {self._state()}")

@@ -11,7 +11,7 @@ from services.present import say
 from trainer import Recipe, stage_dir
 
 if TYPE_CHECKING:
-    from services.precompute import FillResult
+    from services.filling import FillResult
 
 RECIPE = "recipe.json"
 

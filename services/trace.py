@@ -8,13 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from services.outcome import UnitRecord
 from services.present import duration, say
 from services.spans import Span
-
-if TYPE_CHECKING:
-    from services.actor import UnitRecord
 
 # in this order from top to bottom; decoding and writing of several units overlap, each in a lane of its own
 _DEVICE = ("device", "forward", "quantise")
@@ -51,7 +49,7 @@ class Trace:
     """
 
     file: Path
-    _records: list["UnitRecord"] = field(default_factory=list)
+    _records: list[UnitRecord] = field(default_factory=list)
 
     def __enter__(self) -> "Trace":
         self.file.parent.mkdir(parents=True, exist_ok=True)  # not after hours of work
@@ -70,12 +68,12 @@ class Trace:
             )
         say(f"trace: {self.file} (open it at https://ui.perfetto.dev or in chrome://tracing)")
 
-    def add(self, record: "UnitRecord") -> None:
+    def add(self, record: UnitRecord) -> None:
         """Take in a unit."""
         self._records.append(record)
 
 
-def device_use(records: Iterable["UnitRecord"]) -> list[DeviceUse]:
+def device_use(records: Iterable[UnitRecord]) -> list[DeviceUse]:
     """How each actor's device was used, by the actor's name."""
     spans: dict[str, list[Span]] = {}
     for record in records:
@@ -89,7 +87,7 @@ def device_use(records: Iterable["UnitRecord"]) -> list[DeviceUse]:
     return found
 
 
-def events(records: Sequence["UnitRecord"]) -> list[dict[str, Any]]:
+def events(records: Sequence[UnitRecord]) -> list[dict[str, Any]]:
     """The trace's events: an actor is a process, the device and each lane of overlapping work a thread; times in µs."""
     begin = min((span.start for record in records for span in record.spans), default=0.0)
     made: list[dict[str, Any]] = []
