@@ -35,6 +35,7 @@ from trainer.cost import (
 from trainer.dataset import ViewedDataset
 from trainer.distiller import Distiller
 from trainer.evaluate import evaluate_teacher, evaluation_loader, refuse_other_classes
+from trainer.first_epoch import first_epoch
 from trainer.groups import teacher_info, wanted_record
 from trainer.loop import ResumableEpochLoop, SeedStepHook, StageCheckpointHook
 from trainer.measure import Measured, TeacherSeconds, measure
@@ -133,6 +134,7 @@ __all__ = [
     "evaluate_teacher",
     "evaluation_loader",
     "fingerprint_record",
+    "first_epoch",
     "generate",
     "head_file",
     "latest_checkpoint",
