@@ -16,8 +16,10 @@ from cache.errors import (
     StorageError,
     TeacherLoadError,
 )
+from cache.follow import Follower
 from cache.gc import Garbage, find_garbage, remove, whole_group
 from cache.heads import head_digest, pack_head, read_head, write_head
+from cache.index import Index
 from cache.layout import (
     FORMAT_VERSION,
     Compression,
@@ -32,7 +34,7 @@ from cache.layout import (
     serves,
 )
 from cache.lease import LEASE_SECONDS, Holder, Lease, fence, lease_holder
-from cache.manifest import Index, RowRecord, compact, load_index, part_names, records_of
+from cache.manifest import RowRecord, compact, load_index, part_names, records_of
 from cache.plan import Bucket, Images, Plan, Row, Unit, make_plan
 from cache.progress import NAMED_FAILURES, FailedRow, RunProgress, State, read_progress, write_progress
 from cache.reader import TeacherCache, find_group, list_groups, planned_rows, planned_views, read_group
@@ -42,6 +44,7 @@ from cache.storage import LocalStorage, Storage, open_storage
 from cache.targets import DenseLevel, RowLayout, Targets
 from cache.verify import Damage, Report, repair, verify
 from cache.views import Policy, SampledPolicy, View, ViewPolicy, padded, resized
+from cache.waiting import PrecomputeWatch, RowWaiter, await_first_row
 from cache.writer import DenseArrays, RowTargets, prepare, write_unit
 
 __all__ = [
@@ -59,6 +62,7 @@ __all__ = [
     "Detections",
     "Encoded",
     "FailedRow",
+    "Follower",
     "Garbage",
     "GroupInfo",
     "Holder",
@@ -73,6 +77,7 @@ __all__ = [
     "Plan",
     "Policy",
     "Precision",
+    "PrecomputeWatch",
     "RecipeError",
     "Reference",
     "Report",
@@ -80,6 +85,7 @@ __all__ = [
     "RowLayout",
     "RowRecord",
     "RowTargets",
+    "RowWaiter",
     "RunProgress",
     "SampledPolicy",
     "StaleCacheError",
@@ -93,6 +99,7 @@ __all__ = [
     "Use",
     "View",
     "ViewPolicy",
+    "await_first_row",
     "compact",
     "decode",
     "differences",

@@ -92,6 +92,10 @@ class MappedRows:
             chunks = [shard.decompress(chunk, array.nbytes, self._info.compression) for chunk, array in pairs]
         return chunks
 
+    def forget(self, bucket: str, unit: int) -> None:
+        """Map a unit anew when it is read next: it was written anew."""
+        self._units.pop((bucket, unit), None)
+
     def _map_unit(self, arrays: Sequence[ArraySpec], bucket: str, unit: int, slots: int) -> _Unit:
         shards = [self._map(array, bucket, unit, slots) for array in arrays]
         names = [shard.array_label(self._info.name, bucket, array.name) for array in arrays]

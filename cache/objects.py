@@ -101,6 +101,13 @@ class ObjectStorage:
         """The whole content."""
         return self._try(name, lambda store: bytes(obstore.get(store, name).bytes()))
 
+    def stamp(self, name: str) -> str | None:
+        """The object's entity tag."""
+        try:
+            return str(self._try(name, lambda store: obstore.head(store, name)["e_tag"]))
+        except FileNotFoundError:
+            return None
+
     def read_end(self, name: str, length: int) -> tuple[bytes, int, str]:
         """The last ``length`` bytes (fewer if there are not so many), the size of the whole, and its entity tag."""
 

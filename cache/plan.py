@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import merge
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -10,8 +11,8 @@ import numpy.typing as npt
 
 from cache import shard
 from cache.errors import StaleCacheError
+from cache.index import Index
 from cache.layout import GroupInfo, bucket_name, unit_name
-from cache.manifest import Index
 from cache.views import IntArray, Policy, padded
 
 UNIT_BYTES = 128 * 2**20
@@ -121,6 +122,7 @@ class Plan:
         buckets: every bucket, the largest first.
         total: rows that are wanted; all that the data set and the view policy ask for, unless it is a plan for some.
         images, policy: what the plan was made for.
+        first: members (see `row`) in the order in which they are needed; the others come behind.
     """
 
     info: GroupInfo
@@ -131,6 +133,7 @@ class Plan:
     _sources: npt.NDArray[np.uint64]
     _todo: dict[str, tuple[IntArray, IntArray]]
     _occupied: Mapping[str, IntArray] = field(default_factory=dict)
+    first: IntArray | None = None
 
     @property
     def dataset_digest(self) -> str:
@@ -185,21 +188,48 @@ class Plan:
         return sum(shard.size(a.nbytes, 1, 0) - shard.size(0, 0, 0) for a in self.info.arrays(bucket.name))
 
     def units(self) -> Iterator[Unit]:
-        """The units with something left to compute, bucket by bucket."""
-        for bucket in self.buckets:
-            if bucket.todo:
+        """The units with something left to compute: bucket by bucket, or in the order in which they are needed."""
+        todo = [bucket for bucket in self.buckets if bucket.todo]
+        if self.first is None:
+            for bucket in todo:
                 yield from self._bucket_units(bucket)
+            return
+        ranks = _ranks(self.first, self.images.ids.size * len(self.policy))
+        yield from merge(*map(self._bucket_units, todo), key=lambda unit: self._rank(unit, ranks))
+
+    def unit_of(self, image_id: int, view: int) -> Unit | None:
+        """The unit that a row is to be computed in; None if it is not left to compute.
+
+        Takes time in proportion to the rows of its bucket.
+        """
+        (positions,) = np.nonzero(self.images.ids == image_id)
+        if positions.size == 0 or not 0 <= view < len(self.policy):
+            return None
+        member = int(positions[0]) * len(self.policy) + view
+        for name, (members, rows) in self._todo.items():
+            (found,) = np.nonzero(members == member)
+            if found.size:
+                bucket = next(bucket for bucket in self.buckets if bucket.name == name)
+                return self._unit(bucket, int(rows[found[0]]) // bucket.slots)
+        return None
+
+    def _rank(self, unit: Unit, ranks: IntArray) -> int:
+        members, rows = self._todo[unit.bucket]
+        return int(ranks[members[np.searchsorted(rows, unit.rows[0].row)]])
 
     def _bucket_units(self, bucket: Bucket) -> Iterator[Unit]:
+        _, rows = self._todo[bucket.name]
+        for start in np.flatnonzero(np.diff(rows // bucket.slots, prepend=-1)):
+            yield self._unit(bucket, int(rows[start]) // bucket.slots)
+
+    def _unit(self, bucket: Bucket, index: int) -> Unit:
         members, rows = self._todo[bucket.name]
         occupied = self._occupied.get(bucket.name, np.zeros(0, np.int64))
-        starts = np.flatnonzero(np.diff(rows // bucket.slots, prepend=-1))
-        for start, end in zip(starts, [*starts[1:], rows.size], strict=True):
-            index = int(rows[start]) // bucket.slots
-            lo, hi = np.searchsorted(occupied, (index * bucket.slots, (index + 1) * bucket.slots))
-            wanted = zip(members[start:end].tolist(), rows[start:end].tolist(), strict=True)
-            todo = tuple(self.row(member, row) for member, row in wanted)
-            yield Unit(bucket.name, index, bucket.slots, todo, tuple(occupied[lo:hi].tolist()))
+        bounds = (index * bucket.slots, (index + 1) * bucket.slots)
+        (start, end), (lo, hi) = np.searchsorted(rows, bounds), np.searchsorted(occupied, bounds)
+        wanted = zip(members[start:end].tolist(), rows[start:end].tolist(), strict=True)
+        todo = tuple(self.row(member, row) for member, row in wanted)
+        return Unit(bucket.name, index, bucket.slots, todo, tuple(occupied[lo:hi].tolist()))
 
     def row(self, member: int, row: int) -> Row:
         """One (image, view) at a row of its bucket; ``member`` is ``image * views + view``, the image by its position."""
@@ -228,6 +258,7 @@ def make_plan(
     committed: Index | None = None,
     unit_rows: int | None = None,
     wanted: npt.NDArray[np.bool_] | None = None,
+    first: IntArray | None = None,
 ) -> Plan:
     """Give every row that is wanted and not committed a place.
 
@@ -240,6 +271,8 @@ def make_plan(
         unit_rows: rows of a full unit in buckets of which nothing is committed; by default as many as make about 128 MiB,
             at most 256. Where rows are committed the size of a unit is fixed.
         wanted: (n, views), the rows to compute; by default all. A later plan for more goes on behind them.
+        first: (k,) members, ``image * views + view`` with the image by its position, in the order in which they are needed,
+            each once: the units are made and ordered for whoever needs them in that order while they are computed.
 
     Raises:
         StaleCacheError: a committed row belongs to another image of the same id.
@@ -257,7 +290,8 @@ def make_plan(
     if wanted is not None:
         codes[~wanted.ravel()] = names.size
     # a stable sort keeps the order of (image, view) inside each bucket; the committed rows come last
-    order = np.argsort(codes.astype(np.int32), kind="stable")
+    codes = codes.astype(np.int32)
+    order = np.argsort(codes, kind="stable") if first is None else np.lexsort((_ranks(first, codes.size), codes))
     bounds = np.cumsum(np.bincount(codes, minlength=names.size + 1))
     del codes
     buckets, todo = [], {}
@@ -274,7 +308,14 @@ def make_plan(
         todo[name] = (members, free)
     ordered = tuple(bucket for _, bucket in sorted(buckets, key=lambda pair: (-pair[0], pair[1].name)))
     total = images.ids.size * len(policy) if wanted is None else int(wanted.sum())
-    return Plan(info, ordered, total, images, policy, sources, todo, occupied)
+    return Plan(info, ordered, total, images, policy, sources, todo, occupied, first)
+
+
+def _ranks(first: IntArray, count: int) -> IntArray:
+    """(count,) int64: each member's turn; those of ``first`` come first, the others behind in their own order."""
+    ranks = np.arange(count) + first.size
+    ranks[first] = np.arange(first.size)
+    return ranks
 
 
 def _first_free(taken: IntArray, count: int) -> IntArray:

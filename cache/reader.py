@@ -13,9 +13,10 @@ from cache import manifest, shard
 from cache.detections import Detections
 from cache.diskcache import DiskCache
 from cache.errors import CorruptShardError, MissingRowsError, RecipeError, StaleCacheError
+from cache.follow import Follower
 from cache.hierarchy import read_document
+from cache.index import Index, Location
 from cache.layout import GroupInfo, differences, fingerprint, group_name, part, unit_name
-from cache.manifest import Index, Location
 from cache.mapped import MappedRows
 from cache.shard import Bytes, DamagedBytesError
 from cache.storage import LocalStorage, Storage, open_storage
@@ -59,6 +60,7 @@ class TeacherCache:
         }
         self._storage, self._verify, self._kept = storage, verify, kept
         self.last_kept: bool | None = None
+        self._follower: Follower | None = None
         self._open()
 
     @classmethod
@@ -140,6 +142,34 @@ class TeacherCache:
         layout = self._layout(location.bucket)
         rows = self._read(image_id, view, location, layout)
         return Targets(image_id, view, layout, rows, lambda: self._detections(location))
+
+    def refresh(self) -> None:
+        """Take in what was committed since this cache was opened, or since the last call; and what was taken out.
+
+        Costs a listing and what is new; the whole manifest is read again by the first call, and where it was compacted.
+
+        Raises:
+            CorruptShardError: the manifest is damaged.
+            StorageError: the object storage does not answer.
+        """
+        if self._follower is None:
+            self._follower = Follower(self._storage, self.info)
+            changed = None
+        else:
+            changed = self._follower.refresh()
+        self.index = self._follower.index
+        if changed is None:  # shards may have been replaced
+            self._open()
+            return
+        for unit in changed:
+            bucket, _, number = unit.rpartition("-")
+            self._rows.forget(bucket, int(number))
+            self._parts.pop(unit, None)
+
+    @property
+    def storage(self) -> Storage:
+        """Where the cache lives."""
+        return self._storage
 
     def fidelity(self) -> dict[str, float]:
         """Median signal-to-noise ratio per level in dB, as measured when the rows were written."""

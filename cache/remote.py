@@ -51,6 +51,10 @@ class RemoteRows:
                     raise
         raise AssertionError("unreachable")
 
+    def forget(self, bucket: str, unit: int) -> None:
+        """Read a unit's ends anew when it is read next: it was written anew."""
+        self._units.pop((bucket, unit), None)
+
     def _ends(self, arrays: Sequence[ArraySpec], bucket: str, unit: int, slots: int) -> list[_Shard]:
         key = bucket, unit
         if key in self._units:

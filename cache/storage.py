@@ -47,6 +47,9 @@ class Storage(Protocol):
             FileNotFoundError: nothing was written under this name.
         """
 
+    def stamp(self, name: str) -> str | None:
+        """What changes whenever the content is replaced; None if nothing was written under this name."""
+
     def write(self, name: str, buffers: Iterable[bytes | memoryview], *, durable: bool = True) -> int:
         """Write, replacing what was there; the content appears whole or not at all. Returns the number of bytes.
 
@@ -118,6 +121,14 @@ class LocalStorage:
     def read(self, name: str) -> bytes:
         """The whole content."""
         return self.path(name).read_bytes()
+
+    def stamp(self, name: str) -> str | None:
+        """The file's identity: each write makes a new one."""
+        try:
+            status = self.path(name).stat()
+        except FileNotFoundError:
+            return None
+        return f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
 
     def write(self, name: str, buffers: Iterable[bytes | memoryview], *, durable: bool = True) -> int:
         """Write to a temporary file, flush it to the disk if it must be durable, rename it."""

@@ -14,6 +14,7 @@ from cache import detections as ragged
 from cache import hierarchy, manifest, shard
 from cache.errors import CorruptShardError, MissingRowsError, StaleCacheError
 from cache.heads import read_head
+from cache.index import Index
 from cache.layout import HEAD, MANIFEST, MANIFEST_COPY, ArraySpec, GroupInfo, part, unit_name
 from cache.lease import Lease
 from cache.storage import Storage
@@ -81,7 +82,7 @@ def verify(
     report = Report(info)
     table = pa.concat_tables(_readable(storage, info, report)).unify_dictionaries()
     try:
-        index = manifest.Index([table])
+        index = Index([table])
     except ValueError as error:
         report.damages.append(Damage(f"{info.name}/{MANIFEST}", None, f"contradicts itself: {error}"))
         return report
@@ -258,7 +259,7 @@ def _check_shard(
     return any(offset >= 0 and slot not in places for slot, offset in enumerate(tail.offsets))
 
 
-def _check_metadata(storage: Storage, info: GroupInfo, index: manifest.Index, report: Report) -> None:
+def _check_metadata(storage: Storage, info: GroupInfo, index: Index, report: Report) -> None:
     for name, document in _documents(info, index).items():
         stored = hierarchy.read_document(storage, name)
         wanted = hierarchy.lengthened(document, stored) if stored else document
@@ -266,7 +267,7 @@ def _check_metadata(storage: Storage, info: GroupInfo, index: manifest.Index, re
             report.damages.append(Damage(name, None, "is missing" if stored is None else "is not what it must be"))
 
 
-def _documents(info: GroupInfo, index: manifest.Index) -> dict[str, Any]:
+def _documents(info: GroupInfo, index: Index) -> dict[str, Any]:
     """The metadata that the committed rows need."""
     rows = {bucket: int(taken[-1]) + 1 for bucket, taken in index.occupied().items() if taken.size}
     return hierarchy.documents(info, {bucket: (count, index.unit_rows[bucket]) for bucket, count in rows.items()})

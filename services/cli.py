@@ -11,9 +11,10 @@ import typer
 
 from cache import CorruptShardError, MtpdError, RecipeError, open_storage
 from services import demo as demonstration
-from services import logs, looking, maintain
+from services import logs, looking, maintain, serving
 from services.measure import measure_job
 from services.order import decided, decided_if_known, find_order, show_order
+from services.overlap import run_job
 from services.plan import plan_record, show_plans
 from services.precompute import fill_all, plan_teacher, refuse_too_large, show_fill, used_teachers
 from services.present import complain, duration, say, table
@@ -113,20 +114,35 @@ def train_command(
     if stage is not None and stage > len(content.stages):
         raise RecipeError(f"--stage {stage}: {recipe} has {len(content.stages)} stages.")
     stages = [stage] if stage is not None else range(1, len(content.stages) + 1)
-    _show_stages(train(content, list(stages), targets))
+    with serving.beside_training(content) if targets == "cache" else nullcontext():
+        _show_stages(train(content, list(stages), targets))
+
+
+@app.command()
+def serve(
+    recipe: RecipeFile,
+    teacher: TeacherName = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; whoever reaches it can have teachers run.")
+    ] = "127.0.0.1",
+) -> None:
+    """Compute rows that students ask for and the cache lacks (cache.on_missing: compute), until Ctrl-C."""
+    content = decided(load_recipe(recipe))
+    with serving.service(content, _teachers(content, teacher), host):
+        serving.until_stopped()
 
 
 @app.command()
 def run(recipe: RecipeFile, force: Force = False) -> None:
     """The whole job: find the order of teachers if it is asked for, precompute them, train every stage, evaluate, report."""
     content = decided(load_recipe(recipe), compute=True, force=force)
-    fills = fill_all(content, used_teachers(content), force=force)
-    for result in fills:
-        show_fill(result)
+    fills, results = run_job(content, force=force)
+    if not results:
+        raise typer.Exit(1)
+    _show_stages(results)
+    say(f"report: {write_report(Path(content.work_dir))}")
     if any(result.failures for result in fills):
         raise typer.Exit(1)
-    _show_stages(train(content, range(1, len(content.stages) + 1)))
-    say(f"report: {write_report(Path(content.work_dir))}")
 
 
 @app.command()

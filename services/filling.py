@@ -7,6 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 
+import numpy as np
+import numpy.typing as npt
+
 from cache import (
     BudgetError,
     GroupInfo,
@@ -29,7 +32,7 @@ from services.pool import Pool
 from services.present import Progress, complain, say, size
 from services.records import keep_recipe, record_fill, record_use
 from services.trace import Trace
-from trainer import Failure, OrderRows, Recipe, head_file, read_annotations, teacher_info
+from trainer import Failure, OrderRows, Recipe, first_epoch, head_file, read_annotations, teacher_info
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class Filling:
         force: begin even if the plan does not fit the disk.
         rows: only these; a later filling of all goes on from them.
         others: plans that go to the same disk at the same time.
+        actors: how many at most; ``actors.max`` by default.
+        first: see `make_plan`; by default what the recipe's students wait for.
 
     Raises:
         LeaseHeldError: another run writes this teacher's targets.
@@ -109,7 +114,10 @@ class Filling:
         force: bool = False,
         rows: OrderRows | None = None,
         others: Sequence[Plan] = (),
+        actors: int | None = None,
+        first: npt.NDArray[np.int64] | None = None,
     ) -> None:
+        self._actors, self._first = actors or recipe.actors.max, first
         self._recipe, self._teacher, self._force, self._rows, self._others = recipe, teacher, force, rows, others
         self._stack = ExitStack()
 
@@ -125,7 +133,9 @@ class Filling:
         with ExitStack() as stack:
             self._lease = stack.enter_context(Lease(storage, info.name))
             compact(storage, info)
-            self.plan = plan_group(recipe, storage, info, self._rows)
+            if self._first is None and recipe.cache.on_missing != "error":
+                self._first = first_epoch(recipe)
+            self.plan = plan_group(recipe, storage, info, self._rows, self._first)
             if not self._force:
                 refuse_too_large(storage, [*self._others, self.plan])
             # also where every row is there: what was damaged of attributes and head is written anew
@@ -169,7 +179,7 @@ class Filling:
         recipe, teacher, plan, started = self._recipe, self._teacher, self.plan, time.monotonic()
         spec, split, run = recipe.teachers[teacher], recipe.dataset.train, self._lease.run
         job = ActorJob(recipe.cache.uri, run, plan.info, spec, recipe.policy, split, logs.style(), trace is not None)
-        actors = min(recipe.actors.max, plan.todo_units)
+        actors = min(self._actors, plan.todo_units)
         wanted = cluster.demand(recipe.actors.cpus, recipe.actors.gpus, actors)
         tally = Tally()
         with (
@@ -208,7 +218,13 @@ class Filling:
         return result
 
 
-def plan_group(recipe: Recipe, storage: Storage, info: GroupInfo, rows: OrderRows | None = None) -> Plan:
+def plan_group(
+    recipe: Recipe,
+    storage: Storage,
+    info: GroupInfo,
+    rows: OrderRows | None = None,
+    first: npt.NDArray[np.int64] | None = None,
+) -> Plan:
     """The plan of one teacher's group over what is committed. Nothing is written."""
     images = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").images
     return make_plan(
@@ -218,6 +234,7 @@ def plan_group(recipe: Recipe, storage: Storage, info: GroupInfo, rows: OrderRow
         committed=load_index(storage, info),
         unit_rows=recipe.cache.unit_rows,
         wanted=None if rows is None else rows.wanted(images.ids, len(recipe.policy)),
+        first=first,
     )
 
 

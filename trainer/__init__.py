@@ -15,6 +15,7 @@ with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
     register_all_modules(init_default_scope=True)
 
 from trainer.annotations import Annotations, read_annotations
+from trainer.asking import Answer, RowAsker, ask, counts, service_name, service_url
 from trainer.batches import TotalBatchSampler, ViewSampler, epoch_batches, epoch_order, share
 from trainer.compute import Failure, UnitComputer
 from trainer.cost import (
@@ -35,6 +36,7 @@ from trainer.cost import (
 from trainer.dataset import ViewedDataset
 from trainer.distiller import Distiller
 from trainer.evaluate import evaluate_teacher, evaluation_loader, refuse_other_classes
+from trainer.first_epoch import first_epoch
 from trainer.groups import teacher_info, wanted_record
 from trainer.loop import ResumableEpochLoop, SeedStepHook, StageCheckpointHook
 from trainer.measure import Measured, TeacherSeconds, measure
@@ -72,6 +74,7 @@ __all__ = [
     "WAYS",
     "Agreement",
     "Annotations",
+    "Answer",
     "ApplySampledView",
     "ApplyView",
     "AutocastOptimWrapper",
@@ -94,6 +97,7 @@ __all__ = [
     "Pulse",
     "Recipe",
     "ResumableEpochLoop",
+    "RowAsker",
     "SampleReport",
     "SceneOptions",
     "SeedStepHook",
@@ -120,12 +124,14 @@ __all__ = [
     "ViewedDataset",
     "Way",
     "adaptation_costs",
+    "ask",
     "assemble",
     "break_even_epochs",
     "break_even_students",
     "cheapest",
     "choose_rows",
     "compare_sample",
+    "counts",
     "describe",
     "draw_row",
     "epoch_batches",
@@ -133,6 +139,7 @@ __all__ = [
     "evaluate_teacher",
     "evaluation_loader",
     "fingerprint_record",
+    "first_epoch",
     "generate",
     "head_file",
     "latest_checkpoint",
@@ -146,6 +153,8 @@ __all__ = [
     "read_pulse",
     "refuse_other_classes",
     "select_teachers",
+    "service_name",
+    "service_url",
     "share",
     "spend",
     "stage_config",

@@ -6,6 +6,7 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,12 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import all_reduce, barrier, broadcast_object_list, get_rank
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from cache import MissingRowsError, RecipeError, TeacherCache, differences
+from cache import MissingRowsError, MtpdError, RecipeError, TeacherCache, await_first_row, differences
 from trainer.annotations import read_annotations
+from trainer.asking import await_group
 from trainer.checkpoint import save_student
 from trainer.config import nested, plain, plain_dict
 from trainer.pulse import Pulse, PulseHook
@@ -24,10 +27,11 @@ from trainer.recipe import Recipe
 from trainer.stage_config import TargetSource, stage_config, stage_dir, student_config
 
 _BEGUN = "stage.json"
-# the same targets may come from a group that stores more or less of them; how often a checkpoint is written, and in how many
-# pieces a share is trained on, makes no difference
+# the same targets may come from a group that stores more or less of them, and be waited for or not; how often a checkpoint is
+# written, and in how many pieces a share is trained on, makes no difference
 _FREE = re.compile(
     r"\.fingerprint\.(levels|dense|head)[:.]|\.head\.fingerprint\b|default_hooks\.checkpoint\b|model\.micro_batch\b"
+    r"|\.(on_missing|service)\b"
 )
 
 
@@ -75,11 +79,17 @@ def train_stage(
 
     Raises:
         RecipeError: the stage before is not done, or the folder holds a stage of another recipe.
-        MissingRowsError: the cache does not have every row that the stage reads.
+        MissingRowsError: the cache does not have every row that the stage reads, and (``cache.on_missing``) it is not to be
+            waited for, or in vain.
     """
     cfg, done = open_stage(recipe, stage, targets)
     if done is not None:
         return done
+    for load in _loads(cfg):
+        if recipe.cache.on_missing == "wait":
+            await_first_row(load["uri"], load["teacher"], load["fingerprint"], partial(print_log, logger="current"))
+        elif recipe.cache.on_missing == "compute":
+            await_group(load["service"], load["teacher"], load["fingerprint"])
     folder = stage_dir(recipe, stage)
     folder.mkdir(parents=True, exist_ok=True)
     if get_rank() == 0:
@@ -99,7 +109,10 @@ def train_stage(
     record = _StageRecord(folder / "progress.json", report)
     runner.register_hook(record, priority="VERY_LOW")
     runner.register_hook(PulseHook(folder, listen), priority="VERY_LOW")
-    runner.train()
+    try:
+        runner.train()
+    except MtpdError as error:
+        raise _in_own_words(error) from error
     distiller = runner.model.module if hasattr(runner.model, "module") else runner.model
     student_file = folder / "student.pth"
     result = StageResult(
@@ -137,7 +150,7 @@ def open_stage(recipe: Recipe, stage: int, targets: TargetSource = "cache") -> t
     _refuse_other_recipe(folder, cfg)
     if (folder / "result.json").exists():
         return cfg, StageResult(**json.loads((folder / "result.json").read_text()))
-    if recipe.stages[stage - 1].teachers and targets == "cache":
+    if recipe.stages[stage - 1].teachers and targets == "cache" and recipe.cache.on_missing == "error":
         _refuse_missing_rows(recipe, cfg)
     return cfg, None
 
@@ -157,9 +170,7 @@ def _nothing_found(cfg: Config) -> dict[str, float]:
 
 def _refuse_missing_rows(recipe: Recipe, cfg: Config) -> None:
     images = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").images
-    for transform in (t for d in nested(plain_dict(cfg.train_dataloader)) for t in d.get("pipeline", ())):
-        if transform["type"] != "LoadTeacherTargets":
-            continue
+    for transform in _loads(cfg):
         cache = TeacherCache.open(transform["uri"], transform["teacher"], fingerprint=transform["fingerprint"])
         committed = cache.index.committed(images.ids, len(recipe.policy))
         if not committed.all():
@@ -171,6 +182,18 @@ def _refuse_missing_rows(recipe: Recipe, cfg: Config) -> None:
                 f"RECIPE --teacher {cache.info.teacher}`; if it cannot read these images, take them out of the annotation "
                 "file."
             )
+
+
+def _loads(cfg: Config) -> list[dict[str, Any]]:
+    """The transforms that read a teacher's targets."""
+    transforms = (t for d in nested(plain_dict(cfg.train_dataloader)) for t in d.get("pipeline", ()))
+    return [transform for transform in transforms if transform["type"] == "LoadTeacherTargets"]
+
+
+def _in_own_words(error: MtpdError) -> MtpdError:
+    """An error as it was raised: a loader's worker hands it over with its traceback for a message."""
+    _, worker, words = str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")
+    return type(error)(words.strip()) if worker else error
 
 
 def _refuse_other_recipe(folder: Path, cfg: Config) -> None:

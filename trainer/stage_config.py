@@ -8,6 +8,7 @@ from mmengine.config import Config
 
 from cache import GroupInfo, RecipeError
 from trainer.annotations import Annotations, read_annotations
+from trainer.asking import service_url
 from trainer.config import load_config, nested, plain_dict, set_classes
 from trainer.groups import teacher_info
 from trainer.needs import needs_of
@@ -79,9 +80,6 @@ def student_config(cfg: Config) -> Config:
 
 
 def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cached: Sequence[GroupInfo]) -> None:
-    dataset = next((d for d in nested(plain_dict(cfg.train_dataloader.dataset)) if "ann_file" in d), None)
-    if dataset is None:
-        raise RecipeError("student.config: train_dataloader.dataset has no data set with an ann_file.")
     transforms = [t for d in nested(plain_dict(cfg.train_dataloader.dataset)) for t in d.get("pipeline", ())]
     kept = {t["type"]: t for t in transforms if t["type"] in _LOADING}
     load_annotations = kept.get("LoadAnnotations", dict(type="LoadAnnotations", with_bbox=True))
@@ -109,18 +107,11 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cache
     pipeline += [_load_targets(recipe, stage, info) for info in cached]
     if cached:
         _suit_loader(cfg, recipe)
-    coco = dict(type="CocoDataset", metainfo=dict(classes=train.classes), data_root=None, backend_args=None)
     cfg.train_dataloader.dataset = dict(
         type="ViewedDataset",
         views=len(recipe.policy),
         on_damage=recipe.cache.on_damage,
-        dataset=dict(
-            **coco,
-            ann_file=recipe.dataset.train.ann_file,
-            data_prefix=dict(img=recipe.dataset.train.img_dir),
-            filter_cfg=dataset.get("filter_cfg", dict(filter_empty_gt=True, min_size=32)),
-            pipeline=pipeline,
-        ),
+        dataset=training_images(cfg, recipe, train) | dict(pipeline=pipeline),
     )
 
 
@@ -159,6 +150,26 @@ def _set_batches(cfg: Config, training: TrainingSpec) -> None:
         optimiser.update(kinds[training.amp])
     cfg.model_wrapper_cfg = dict(
         type="DistributedDistiller", find_unused_parameters=cfg.get("find_unused_parameters", False)
+    )
+
+
+def training_images(cfg: Config, recipe: Recipe, train: Annotations) -> dict[str, Any]:
+    """Config of the data set that a student trains on, without its pipeline: the images that its own config lets through.
+
+    Args:
+        cfg: the student's config as it is shipped.
+    """
+    dataset = next((d for d in nested(plain_dict(cfg.train_dataloader.dataset)) if "ann_file" in d), None)
+    if dataset is None:
+        raise RecipeError("student.config: train_dataloader.dataset has no data set with an ann_file.")
+    return dict(
+        type="CocoDataset",
+        metainfo=dict(classes=train.classes),
+        data_root=None,
+        backend_args=None,
+        ann_file=recipe.dataset.train.ann_file,
+        data_prefix=dict(img=recipe.dataset.train.img_dir),
+        filter_cfg=dataset.get("filter_cfg", dict(filter_empty_gt=True, min_size=32)),
     )
 
 
@@ -206,6 +217,10 @@ def _load_targets(recipe: Recipe, stage: int, cached: GroupInfo) -> dict[str, An
     )
     if cache.local_dir is not None:
         transform |= dict(local_dir=cache.local_dir, local_bytes=cache.local_bytes)
+    if cache.on_missing != "error":
+        transform |= dict(on_missing=cache.on_missing)
+    if cache.on_missing == "compute":
+        transform |= dict(service=service_url(recipe))
     return transform
 
 

@@ -1,13 +1,15 @@
 """`ApplyView`, `KeepWholeView` and `LoadTeacherTargets`: mmdet transforms, usable in any mmdet config."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmdet.datasets.transforms import RandomFlip, Resize
 from mmdet.registry import TRANSFORMS
+from mmengine.logging import print_log
 
-from cache import Policy, TeacherCache, ViewPolicy
+from cache import Policy, RowWaiter, TeacherCache, ViewPolicy
+from trainer.asking import RowAsker
 from trainer.targets import CachedMaps
 
 
@@ -76,6 +78,9 @@ class LoadTeacherTargets(BaseTransform):
         top_k: positions a level of the dense head's outputs to read, the best; 0 for none.
         detections: read the detections.
         local_dir, local_bytes: see `TeacherCache.open`.
+        on_missing: ``wait`` for a row that is not committed, as long as a precompute may commit it; or have the teacher
+            service ``compute`` it.
+        service: URL of the teacher service.
     """
 
     def __init__(
@@ -88,6 +93,8 @@ class LoadTeacherTargets(BaseTransform):
         detections: bool = False,
         local_dir: str | None = None,
         local_bytes: int | None = None,
+        on_missing: Literal["error", "wait", "compute"] = "error",
+        service: str = "",
     ) -> None:
         self.cache = TeacherCache.open(
             uri,
@@ -99,18 +106,29 @@ class LoadTeacherTargets(BaseTransform):
             local_bytes=local_bytes,
         )
         self._top_k, self._detections = top_k, detections
+        self._waiter: RowWaiter | RowAsker | None = None
+        if on_missing == "wait":
+            self._waiter = RowWaiter(self.cache, _tell)
+        elif on_missing == "compute":
+            self._waiter = RowAsker(self.cache, service, _tell)
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Read one row.
 
         Raises:
-            MissingRowsError: it is not committed.
+            MissingRowsError: it is not committed; or, where it was waited for, it will not be.
             CorruptShardError: it is damaged.
             StorageError: the object storage does not answer.
         """
         sample = results["data_samples"]
+        if self._waiter is not None and (sample.img_id, sample.view) not in self.cache:
+            self._waiter.wait(sample.img_id, sample.view)
         # a copy: a view would drag its whole shard along when a loader's worker hands it over
         targets = self.cache[sample.img_id, sample.view].copy()
         detections = targets.detections if self._detections else None
         maps = CachedMaps(targets.buffer, targets.layout, detections, self._top_k, self.cache.last_kept)
         return {**results, "teacher_maps": {**results.get("teacher_maps", {}), self.cache.info.teacher: maps}}
+
+
+def _tell(text: str) -> None:
+    print_log(text, "current")

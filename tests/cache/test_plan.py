@@ -94,3 +94,45 @@ def test_the_plan_of_the_shape_of_coco_takes_seconds() -> None:
     assert plan.total == 236_574
     assert 1.0e12 < plan.stored_bytes < 1.4e12  # anchors: 1.1 TB fp16 a view, so int8 with two views
     assert sum(len(u.rows) for u in plan.units()) == plan.total
+
+
+@given(sizes, st.integers(1, 9), st.randoms(use_true_random=False))
+def test_rows_needed_first_are_there_early_whoever_takes_them_in_turn(
+    pairs: list[tuple[int, int]], unit_rows: int, rng
+) -> None:
+    views = [image * 2 + rng.randrange(2) for image in range(len(pairs))]
+    rng.shuffle(views)
+    first = np.array(views[: len(views) - len(views) // 4])  # not every image is trained on
+    images = as_images(pairs)
+    plan = make_plan(images, make.POLICY, make.info(), unit_rows=unit_rows, first=first)
+    committed, after = 0, {}
+    for unit in plan.units():
+        committed += len(unit.rows)
+        after |= {(row.image_id, row.view): committed for row in unit.rows}
+    assert len(after) == plan.total == 2 * len(pairs)
+    for turn, member in enumerate(first.tolist()):
+        # only what is needed before it, and a unit of each bucket, is computed before a row can be taken
+        assert after[int(images.ids[member // 2]), member % 2] <= turn + 1 + len(plan.buckets) * unit_rows
+    named = {plan.unit_of(int(images.ids[member // 2]), member % 2).name for member in range(2 * len(pairs))}
+    assert named == {unit.name for unit in plan.units()}
+
+
+def test_a_plan_for_who_waits_goes_on_with_the_same_places(tmp_path) -> None:
+    storage, group, wanted = LocalStorage(tmp_path), make.info(), make.images(20)
+    first = np.random.default_rng(0).permutation(20) * 2 + 1
+    begin = lambda: make_plan(  # noqa: E731
+        wanted, make.POLICY, group, committed=make.load_index(storage, group), unit_rows=4, first=first
+    )
+    made = begin()
+    whole = {(r.image_id, r.view): (u.bucket, r.row) for u in made.units() for r in u.rows}
+    make.prepare(storage, made)
+    for unit in list(made.units())[1::2]:
+        make.write_unit(storage, group, unit, make.targets(group, unit, skip={7}))
+    rest = begin()
+    left = {(r.image_id, r.view): (u.bucket, r.row) for u in rest.units() for r in u.rows}
+    assert left.items() <= whole.items()
+    assert rest.unit_of(7, 1) in list(rest.units())
+    committed = next(iter(whole.keys() - left.keys()))
+    assert rest.unit_of(*committed) is None
+    assert rest.unit_of(21, 0) is None
+    assert rest.unit_of(7, 2) is None
