@@ -86,7 +86,7 @@ def time_steps(recipe: Recipe, rounds: int) -> dict[str, Any]:
     """Time each kind of step on the same batches, in an order that changes from round to round.
 
     Returns:
-        Milliseconds an image of ``plain``, ``memory`` (maps that cost nothing) and ``cached``, and their ratios: medians over rounds.
+        Milliseconds an image of ``plain``, ``memory`` (maps that cost nothing) and ``cached``, and their ratios, as medians.
     """
     (name,) = recipe.teachers
     precompute.fill(recipe, name)
