@@ -68,7 +68,7 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TRAINED = "trained Swin, w32"
 PKD = {"type": "PKDLoss", "loss_weight": 2.0}
-SCALE, VAL_IMAGES, BATCH = (192, 144), 100, 8
+SCALE, VAL_IMAGES = (192, 144), 100
 TARGET_ERROR = 0.2
 # where a student's targets come from in each way that the planner knows; `cached` computes every row before
 SOURCES: dict[Way, TargetSource] = {"online": "online", "cached": "cache"}

@@ -72,14 +72,20 @@ class Contender:
         self.model.train_step(batch, self._optimizer)
 
 
+class Ready(LiveMaps):
+    """Maps that are on the device already."""
+
+    def to(self, *_: object, **__: object) -> "Ready":
+        """Themselves."""
+        return self
+
+
 def in_memory(batch: Any) -> None:
     """Put floats in the place of what was read, as if the teacher's maps cost nothing."""
-    for sample in batch["data_samples"]:
-        given = {
-            teacher: LiveMaps({level: maps.level(level) for level in maps.map_sizes}, maps.map_sizes)
-            for teacher, maps in sample.teacher_maps.items()
-        }
-        sample.teacher_maps = given
+    batch["teacher_maps"] = {
+        teacher: [Ready({level: maps.level(level) for level in maps.map_sizes}, maps.map_sizes) for maps in given]
+        for teacher, given in batch["teacher_maps"].items()
+    }
 
 
 def time_steps(recipe: Recipe, rounds: int) -> dict[str, Any]:
@@ -92,7 +98,11 @@ def time_steps(recipe: Recipe, rounds: int) -> dict[str, Any]:
     precompute.fill(recipe, name)
     cached = stage_config(recipe, 1)
     (stage,) = recipe.stages
-    alone = recipe.model_copy(update={"stages": (stage.model_copy(update={"teacher": None, "mechanisms": ()}),)})
+    without = {
+        "stages": (stage.model_copy(update={"teacher": None, "mechanisms": ()}),),
+        "student": recipe.student.model_copy(update={"inherit": recipe.inherit_from or False}),
+    }
+    alone = recipe.model_copy(update=without)
     contenders = {
         "plain": Contender(stage_config(alone, 1)),
         "memory": Contender(cached),
