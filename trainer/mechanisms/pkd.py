@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cache import Level
-from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit, masked_mean, moments
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit
 
 
 @MECHANISMS.register_module()
@@ -34,12 +34,23 @@ class PKDLoss(LevelMechanism):
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
         student = fit(self.align[level](student), teacher, valid)
-        return masked_mean((_normalize(student, valid) - _normalize(teacher, valid)).square(), valid) / 2
+        count = valid.sum()
+        ours, theirs = (_centred(maps, valid, count) for maps in (student, teacher))
+        # (a / x - b / y) squared, summed: of three sums a channel, where the maps themselves need not be normalised
+        (own, x), (other, y) = (_spread(maps, count) for maps in (ours, theirs))
+        both = (ours * theirs).sum(dim=(0, 2, 3))
+        squares = own / x.square() + other / y.square() - 2 * both / (x * y)
+        return squares.sum() / (2 * count * student.shape[1])
 
 
-def _normalize(maps: Tensor, valid: Tensor) -> Tensor:
-    count = valid.sum()
-    mean, biased = moments(maps, valid)
-    variance = biased * count / (count - 1).clamp(min=1)
+def _centred(maps: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+    """(N, C, H, W) less each channel's mean over the batch's valid positions, and zero at the others."""
+    mean = (maps * valid).sum(dim=(0, 2, 3), keepdim=True) / count
+    return (maps - mean) * valid
+
+
+def _spread(centred: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each channel the sum of squares (C,) and the deviation."""
+    squares = centred.square().sum(dim=(0, 2, 3))
     # the root of exactly zero has no gradient: a channel that is constant so far must still be able to move
-    return (maps - mean) / ((variance + 1e-12).sqrt() + 1e-6)
+    return squares, (squares / (count - 1).clamp(min=1) + 1e-12).sqrt() + 1e-6
