@@ -7,6 +7,8 @@ import pytest
 os.environ["RAY_ADDRESS"] = "local"
 # two processes test at once (`addopts` in pyproject.toml): torch's threads would only stand in each other's way
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a test's stage takes a second: Ray Train would look every two whether it is done
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 # in these folders tests start clusters, each as large as this machine, and kill them: one process takes them one by one
 _WITH_CLUSTERS = ("services", "end_to_end", "faults")
