@@ -1,7 +1,9 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # a cluster that happens to run on this machine is nobody's to test on
 os.environ["RAY_ADDRESS"] = "local"
@@ -11,18 +13,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 # in these folders tests start clusters, each as large as this machine, and kill them: one process takes them one by one
-_WITH_CLUSTERS = ("services", "end_to_end", "faults")
-_HERE = Path(__file__).parent
+_WITH_CLUSTERS = ("tests/services/", "tests/end_to_end/", "tests/faults/")
 
 
-@pytest.hookimpl(tryfirst=True)
+class Scheduler(LoadScopeScheduling):
+    """Which of the two processes takes a test: all of a file go together, and so do all that start clusters.
+
+    (xdist's own ``loadgroup`` has no effect with pytest 9.2: it renames the tests of a group.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "clusters" if nodeid.startswith(_WITH_CLUSTERS) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:
+    return Scheduler(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which of the two processes takes a test: all of a file go together, and so do all that start clusters, first."""
-    for item in items:
-        folder, *_ = item.path.relative_to(_HERE).parts
-        group = "clusters" if folder in _WITH_CLUSTERS else str(item.path.relative_to(_HERE))
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "clusters")
+    """Those that start clusters come first: together they take the longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_WITH_CLUSTERS))
 
 
 @pytest.fixture(scope="session")
