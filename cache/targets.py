@@ -88,13 +88,10 @@ class RowLayout:
         """The bytes of each array, as views into a buffer of `nbytes`."""
         return [buffer[at : at + array.nbytes] for at, array in zip(self.offsets, self.arrays, strict=True)]
 
-    def features(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Per level its stored maps, as views into a buffer (uint8)."""
-        return {a.level: _typed(buffer[at:], a) for at, a in self._placed() if a.role == "map"}
-
-    def scales(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Per level its scales, as views into a buffer (uint8); empty for float16."""
-        return {a.level: _typed(buffer[at:], a) for at, a in self._placed() if a.role == "scale"}
+    def stored(self, buffer: Tensor, level: str) -> tuple[Tensor, Tensor | None]:
+        """One level's stored map, and its scales (None for float16), as views into a buffer (uint8)."""
+        found = {a.role: _typed(buffer[at:], a) for at, a in self._placed() if a.level == level and a.role in _MAPS}
+        return found["map"], found.get("scale")
 
     def dense(self, buffer: Tensor) -> dict[str, DenseLevel]:
         """Per level its dense outputs, restored from a buffer (uint8) on the buffer's device."""

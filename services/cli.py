@@ -1,27 +1,22 @@
-"""The `mtpd` command. Exit codes: 0 done, 1 a fault that the message explains, 2 wrong usage."""
+"""The `mtpd` command. Exit codes: 0 done, 1 a fault that the message explains, 2 wrong usage.
+
+Each command imports what it runs when it is run: detectors and Ray take seconds that help and wrong usage need not wait for.
+"""
 
 import json
 import sys
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cache import CorruptShardError, MtpdError, RecipeError, open_storage
-from services import demo as demonstration
-from services import logs, looking, maintain, serving
-from services.measure import measure_job
-from services.order import decided, decided_if_known, find_order, show_order
-from services.overlap import run_job
-from services.plan import plan_record, show_plans
-from services.precompute import fill_all, plan_teacher, refuse_too_large, show_fill, used_teachers
+from services import logs, looking
 from services.present import complain, duration, say, table
-from services.report import write_report
-from services.trace import Trace
-from services.train import ap, train
-from trainer import Recipe, StageResult, TargetSource, load_recipe, stage_config
+
+if TYPE_CHECKING:
+    from trainer import Recipe, StageResult
 
 app = typer.Typer(
     help="Distil light detectors from many heavy teachers, each run once per image.",
@@ -33,7 +28,8 @@ app = typer.Typer(
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).")]
 TeacherName = Annotated[str | None, typer.Option("--teacher", help="Only this teacher.")]
 Online = Annotated[
-    TargetSource, typer.Option("--targets", help="Read the cache, or run the teacher beside the student.")
+    Literal["cache", "online"],  # trainer's TargetSource
+    typer.Option("--targets", help="Read the cache, or run the teacher beside the student."),
 ]
 CacheOrRecipe = Annotated[
     str, typer.Argument(metavar="CACHE|RECIPE", help="A cache (path or URI), or a recipe (YAML).")
@@ -55,11 +51,21 @@ def plan(
     force: Force = False,
 ) -> None:
     """Images, views, buckets, units and bytes of each teacher; exit code 1 if they do not fit the disk. Writes nothing."""
+    from cache import open_storage
+    from services.order import decided_if_known
+    from services.plan import plan_record, show_plans
+    from services.precompute import plan_teacher, refuse_too_large
+    from trainer import load_recipe
+
     content = decided_if_known(load_recipe(recipe))
     if timed and teacher is not None:
         raise typer.BadParameter("--measure times the whole recipe; leave out --teacher")
     plans = [plan_teacher(content, name) for name in _teachers(content, teacher)]
-    cost = measure_job(content, plans) if timed else None
+    cost = None
+    if timed:
+        from services.measure import measure_job
+
+        cost = measure_job(content, plans)
     if as_json:
         typer.echo(json.dumps(plan_record(plans, cost), indent=1))
     else:
@@ -78,6 +84,11 @@ def precompute(
     ] = None,
 ) -> None:
     """Fill the cache on the Ray cluster (a local one if there is none). Resumes by itself."""
+    from services.order import decided
+    from services.precompute import fill_all, show_fill
+    from services.trace import Trace
+    from trainer import load_recipe
+
     content = decided(load_recipe(recipe))
     with nullcontext() if trace is None else Trace(trace) as traced:
         results = fill_all(content, _teachers(content, teacher), force=force, trace=traced)
@@ -94,6 +105,9 @@ def order(
     force: Force = False,
 ) -> None:
     """Adaptation costs between student and teachers, the chosen sequence of teachers, and why. Computes what is missing."""
+    from services.order import find_order, show_order
+    from trainer import load_recipe
+
     content = load_recipe(recipe)
     if not as_json:
         show_order(find_order(content, force=force))
@@ -110,6 +124,12 @@ def train_command(
     targets: Online = "cache",
 ) -> None:
     """Train the student through its stages, evaluate after each. Resumes by itself."""
+    from cache import RecipeError
+    from services import serving
+    from services.order import decided
+    from services.train import train
+    from trainer import load_recipe
+
     content = decided(load_recipe(recipe))
     if stage is not None and stage > len(content.stages):
         raise RecipeError(f"--stage {stage}: {recipe} has {len(content.stages)} stages.")
@@ -127,6 +147,10 @@ def serve(
     ] = "127.0.0.1",
 ) -> None:
     """Compute rows that students ask for and the cache lacks (cache.on_missing: compute), until Ctrl-C."""
+    from services import serving
+    from services.order import decided
+    from trainer import load_recipe
+
     content = decided(load_recipe(recipe))
     with serving.service(content, _teachers(content, teacher), host):
         serving.until_stopped()
@@ -135,6 +159,11 @@ def serve(
 @app.command()
 def run(recipe: RecipeFile, force: Force = False) -> None:
     """The whole job: find the order of teachers if it is asked for, precompute them, train every stage, evaluate, report."""
+    from services.order import decided
+    from services.overlap import run_job
+    from services.report import write_report
+    from trainer import load_recipe
+
     content = decided(load_recipe(recipe), compute=True, force=force)
     fills, results = run_job(content, force=force)
     if not results:
@@ -155,6 +184,8 @@ def report(
     images: Annotated[int, typer.Option("--images", min=0, help="Val images to run the detectors on.")] = 4,
 ) -> None:
     """One self-contained HTML page: AP of each stage, curves, cache, teacher forwards saved, pictures."""
+    from services.report import write_report
+
     say(f"report: {write_report(work_dir, study=study, out=out, images=images)}")
 
 
@@ -163,6 +194,10 @@ def config(
     recipe: RecipeFile, stage: Annotated[int, typer.Option("--stage", min=1)], targets: Online = "cache"
 ) -> None:
     """Print a stage's resolved mmengine config, which mmdet's tools/train.py runs as it is."""
+    from cache import RecipeError
+    from services.order import decided
+    from trainer import load_recipe, stage_config
+
     content = decided(load_recipe(recipe))
     if stage > len(content.stages):
         raise RecipeError(f"--stage {stage}: {recipe} has {len(content.stages)} stages.")
@@ -181,6 +216,10 @@ def verify(
     ] = None,
 ) -> None:
     """Check every byte of a cache. With a recipe: of its teachers, and against the live teacher if a sample is asked for."""
+    from cache import CorruptShardError
+    from services import maintain
+    from services.precompute import show_fill
+
     place = maintain.open_target(target)
     reports = maintain.check(place)
     damaged = any(report.damages for report in reports)
@@ -214,6 +253,8 @@ def gc(
     force: Annotated[bool, typer.Option("--force", help="Also groups that other recipes need.")] = False,
 ) -> None:
     """What no manifest covers, and (if asked for) groups that the recipe does not need. Lists it; removes it on demand."""
+    from services import maintain
+
     place = maintain.open_target(target)
     found = maintain.garbage(place, superseded=superseded, finished=finished, forgotten=forget, force=force)
     maintain.show_garbage(found)
@@ -230,6 +271,8 @@ def demo(
     ),
 ) -> None:
     """The whole job on generated data, from nothing, on this machine: three arms at equal epochs."""
+    from services import demo as demonstration
+
     demonstration.run(work_dir)
 
 
@@ -243,12 +286,19 @@ def main() -> None:
     logs.set_up(logs.style())
     try:
         app()
-    except MtpdError as error:
+    except Exception as error:
+        from cache import MtpdError
+
+        if not isinstance(error, MtpdError):
+            raise
         complain(f"error: {error}")
         sys.exit(1)
 
 
-def _teachers(recipe: Recipe, only: str | None) -> list[str]:
+def _teachers(recipe: "Recipe", only: str | None) -> list[str]:
+    from cache import RecipeError
+    from services.precompute import used_teachers
+
     if only is None:
         used = used_teachers(recipe)
         if not used:
@@ -259,7 +309,9 @@ def _teachers(recipe: Recipe, only: str | None) -> list[str]:
     return [only]
 
 
-def _show_stages(results: list[StageResult]) -> None:
+def _show_stages(results: "list[StageResult]") -> None:
+    from services.train import ap
+
     rows = [
         [r.stage, r.teacher or "-", r.epochs, ap(r.metrics), duration(r.seconds), f"{r.teacher_forwards:,}", r.student]
         for r in results

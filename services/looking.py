@@ -1,4 +1,4 @@
-"""The commands that look at a cache or a job and change nothing."""
+"""The commands that look at a cache or a job and change nothing. Each imports what it runs when it is run."""
 
 import json
 from dataclasses import asdict
@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from services import inspection, maintain, registry
-from services import status as state
 
 CacheOrRecipe = Annotated[
     str, typer.Argument(metavar="CACHE|RECIPE", help="A cache (path or URI), or a recipe (YAML).")
@@ -24,6 +21,9 @@ def status(
     ] = None,
 ) -> None:
     """How far the precomputes are, and with a recipe its stages: from the store alone, during a run and after it."""
+    from services import maintain
+    from services import status as state
+
     place = maintain.open_target(target)
     if as_json:
         typer.echo(json.dumps(asdict(state.status(place)), indent=1))
@@ -35,6 +35,8 @@ def status(
 
 def list_cache(target: CacheOrRecipe, as_json: AsJson = False) -> None:
     """What a cache holds: teachers, rows, bytes, precision, fidelity, when it was written, and which recipes need it."""
+    from services import maintain, registry
+
     found = registry.entries(maintain.open_target(target).storage)
     if as_json:
         typer.echo(json.dumps([asdict(entry) for entry in found], indent=1))
@@ -51,4 +53,6 @@ def inspect(
     ] = None,
 ) -> None:
     """What is in a cache, in words and pictures: shapes, scales, fidelity, detections; with a recipe the images too."""
+    from services import inspection, maintain
+
     inspection.inspect(maintain.open_target(target), image, teacher, out)

@@ -4,10 +4,13 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
 import ray
 import torch
 from ray.exceptions import RayTaskError
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
 
 from cache import MtpdError, Plan
 from services import cluster
@@ -73,6 +76,7 @@ def measure_job(recipe: Recipe, plans: Sequence[Plan], rounds: int = 3) -> Job:
             raise error.cause from None
         raise
     process = max(0.0, up - begin)
+    workers_start = _time_workers(workers, student) or process
     timed = measured.teachers
     return Job(
         images=round(_images(recipe.dataset.train, "train") * measured.kept),
@@ -80,7 +84,7 @@ def measure_job(recipe: Recipe, plans: Sequence[Plan], rounds: int = 3) -> Job:
         student=at[1],
         teacher=at[0],
         evaluate=measured.evaluate,
-        start=process + measured.start,
+        start=workers_start + measured.start,
         actor_start=process,
         teachers={plan.info.teacher: _teacher_cost(plan, timed[plan.info.teacher]) for plan in plans},
         stages=tuple(
@@ -94,6 +98,25 @@ def measure_job(recipe: Recipe, plans: Sequence[Plan], rounds: int = 3) -> Job:
         actors=actors,
         decoders=teacher.lanes,
     )
+
+
+def _time_workers(workers: int, of: Share) -> float | None:
+    """Seconds that Ray Train takes to start a stage's workers and to end them, of a run in which they do nothing.
+
+    None where the cluster has several nodes: all of them would have to see the temporary folder that the run wants.
+    """
+    if len(ray.nodes()) > 1:
+        return None
+    resources = {"CPU": of.cpus, **({"GPU": of.gpus} if of.gpus else {})}
+    scaling = ScalingConfig(num_workers=workers, use_gpu=of.gpus > 0, resources_per_worker=resources)
+    with TemporaryDirectory(prefix="mtpd-measure-") as folder:
+        begin = time.perf_counter()
+        TorchTrainer(_nothing, scaling_config=scaling, run_config=RunConfig(storage_path=folder)).fit()
+        return time.perf_counter() - begin
+
+
+def _nothing() -> None:
+    """A stage's work without the stage: that this module is imported takes as long as that of a worker's."""
 
 
 def _teacher_cost(plan: Plan, of: TeacherSeconds) -> TeacherCost:

@@ -158,14 +158,14 @@ class _TrainingBatches:
         items: of each batch, a worker's share of a step.
         rows: the (image id, view)s in them.
         images: that the student trains on, of the part.
-        start: seconds to build data set and student.
+        start: seconds to build data set and runner, its student and its logs.
     """
 
     def __init__(self, trial: Recipe, count: int) -> None:
         begin = time.perf_counter()
         self.cfg = stage_config(trial.model_copy(update={"stages": (StageSpec(epochs=1),)}), 1)
         loader = _loader(self.cfg.train_dataloader)
-        _model(self.cfg, "cpu")
+        Runner.from_cfg(self.cfg)
         self.start = time.perf_counter() - begin
         self.loaders = self.cfg.train_dataloader.get("num_workers", 0)
         self.size = -(-self.cfg.train_dataloader.batch_size // trial.training.max_workers)

@@ -73,8 +73,7 @@ class CachedMaps:
 
     def level(self, name: str) -> Tensor:
         """A level's map, dequantised on the device of the buffer."""
-        scales = self.layout.scales(self.buffer)
-        return decode(self.layout.features(self.buffer)[name], scales.get(name), self.layout.sizes[name])
+        return decode(*self.layout.stored(self.buffer, name), self.layout.sizes[name])
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The command line: exit codes and messages, in processes of their own."""
+"""The command line: exit codes and messages; one of each kind in a process of its own, the others through `main` in this one."""
 
 import json
 import socket
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cache import BudgetError, LocalStorage, RecipeError
 from services import cluster
-from services.cli import app
+from services.cli import app, main
 from tests import models
 
 
@@ -21,13 +21,33 @@ def mtpd(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=300)
 
 
+class Here:
+    """Runs `main`, the script's entry point, in this process: starting Python and detectors takes seconds each time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        self._monkeypatch.setattr(sys, "argv", ["mtpd", *arguments])
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = self._capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, int(ended.value.code or 0), out, err)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    return Here(monkeypatch, capsys)
+
+
 def write(content: dict, folder: Path) -> str:
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(content))
     return str(file)
 
 
-def test_plan_prints_exact_numbers_and_writes_nothing(data: Path, tmp_path: Path) -> None:
+def test_plan_prints_exact_numbers_and_writes_nothing(data: Path, tmp_path: Path, here: Here) -> None:
     file = write(models.recipe(data, tmp_path), tmp_path)
     result = mtpd("plan", file, "--json")
     assert result.returncode == 0, result.stderr
@@ -45,7 +65,7 @@ def test_plan_prints_exact_numbers_and_writes_nothing(data: Path, tmp_path: Path
         assert landscape["unit_rows"] == 4
         assert sum(plan["level_bytes"].values()) < plan["bytes"]
     assert not (tmp_path / "cache").exists()
-    text = mtpd("plan", file)
+    text = here("plan", file)
     assert text.returncode == 0
     assert "96x128" in text.stdout
     assert "20 images x 2 views = 40 rows, 40 to compute" in text.stdout
@@ -65,20 +85,25 @@ def test_wrong_usage_is_exit_code_2() -> None:
     assert mtpd("nonsense").returncode == 2
 
 
-def test_a_teacher_or_stage_that_does_not_exist(data: Path, tmp_path: Path) -> None:
+def test_help_and_wrong_usage_do_not_wait_for_detectors_and_ray() -> None:
+    code = "import sys; from services import cli; heavy = {'torch', 'mmdet', 'ray'} & set(sys.modules); assert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_teacher_or_stage_that_does_not_exist(data: Path, tmp_path: Path, here: Here) -> None:
     file = write(models.recipe(data, tmp_path), tmp_path)
-    result = mtpd("plan", file, "--teacher", "nobody")
+    result = here("plan", file, "--teacher", "nobody")
     assert result.returncode == 1
     assert "--teacher nobody: not in `teachers` (small, swin)" in result.stderr
-    result = mtpd("config", file, "--stage", "3")
+    result = here("config", file, "--stage", "3")
     assert result.returncode == 1
     assert "has 2 stages" in result.stderr
 
 
-def test_the_resolved_config_is_one_that_mmengine_reads(data: Path, tmp_path: Path) -> None:
+def test_the_resolved_config_is_one_that_mmengine_reads(data: Path, tmp_path: Path, here: Here) -> None:
     from mmengine.config import Config
 
-    result = mtpd("config", write(models.recipe(data, tmp_path), tmp_path), "--stage", "1")
+    result = here("config", write(models.recipe(data, tmp_path), tmp_path), "--stage", "1")
     assert result.returncode == 0, result.stderr
     (tmp_path / "stage.py").write_text(result.stdout)
     cfg = Config.fromfile(tmp_path / "stage.py")
