@@ -14,6 +14,7 @@ from services import demo as demonstration
 from services import logs, looking, maintain
 from services.measure import measure_job
 from services.order import decided, decided_if_known, find_order, show_order
+from services.overlap import run_job
 from services.plan import plan_record, show_plans
 from services.precompute import fill_all, plan_teacher, refuse_too_large, show_fill, used_teachers
 from services.present import complain, duration, say, table
@@ -120,13 +121,13 @@ def train_command(
 def run(recipe: RecipeFile, force: Force = False) -> None:
     """The whole job: find the order of teachers if it is asked for, precompute them, train every stage, evaluate, report."""
     content = decided(load_recipe(recipe), compute=True, force=force)
-    fills = fill_all(content, used_teachers(content), force=force)
-    for result in fills:
-        show_fill(result)
+    fills, results = run_job(content, force=force)
+    if not results:
+        raise typer.Exit(1)
+    _show_stages(results)
+    say(f"report: {write_report(Path(content.work_dir))}")
     if any(result.failures for result in fills):
         raise typer.Exit(1)
-    _show_stages(train(content, range(1, len(content.stages) + 1)))
-    say(f"report: {write_report(Path(content.work_dir))}")
 
 
 @app.command()

@@ -140,3 +140,31 @@ def draining() -> frozenset[str]:
 def _nodes() -> list[dict[str, float]]:
     """The resources of each node that is up."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def training_demand(recipe: Recipe) -> Demand:
+    """What each training worker asks for."""
+    spec = recipe.training
+    return Demand(share(spec.cpus, "CPU", spec.workers.max), share(spec.gpus, "GPU", spec.workers.max))
+
+
+def actors_beside_training(recipe: Recipe) -> int:
+    """How many teacher actors the nodes that are up can hold beside the training workers; at most ``actors.max``.
+
+    Whatever else runs on the cluster is not looked at: it may go.
+    """
+    nodes = [dict(node) for node in _nodes()]
+    if not all(_placed(training_demand(recipe), nodes) for _ in range(recipe.training.workers.max)):
+        return 0
+    actor = demand(recipe.actors.cpus, recipe.actors.gpus, recipe.actors.max)
+    return next((n for n in range(recipe.actors.max) if not _placed(actor, nodes)), recipe.actors.max)
+
+
+def _placed(wanted: Demand, nodes: list[dict[str, float]]) -> bool:
+    """Take what a worker asks for from the first node that has it."""
+    for node in nodes:
+        if node.get("CPU", 0) >= wanted.cpus and node.get("GPU", 0) >= wanted.gpus:
+            node["CPU"] = node.get("CPU", 0) - wanted.cpus
+            node["GPU"] = node.get("GPU", 0) - wanted.gpus
+            return True
+    return False
