@@ -37,9 +37,8 @@ class ActorJob:
     traced: bool = False
 
 
-@ray.remote(max_concurrency=PIPELINE_DEPTH)
-class TeacherActor:
-    """Holds one teacher. Up to `PIPELINE_DEPTH` calls of `run` overlap; one at a time is on the device."""
+class UnitWorker:
+    """Holds one teacher. Calls of `run` may overlap; one at a time is on the device."""
 
     def __init__(self, job: ActorJob) -> None:
         self._job = job
@@ -68,8 +67,12 @@ class TeacherActor:
         logs.event("teacher loaded", teacher=job.info.teacher, device=device)
         return ray.get_runtime_context().get_node_id()
 
-    def run(self, unit: Unit) -> UnitRecord:
-        """Decode, compute, write and commit one unit."""
+    def run(self, unit: Unit, run: str | None = None) -> UnitRecord:
+        """Decode, compute, write and commit one unit.
+
+        Args:
+            run: `Lease.run` of the run that it is for; the job's by default.
+        """
         assert self._computer is not None, "load() comes first"
         teacher, meter, spans = self._job.info.teacher, self._meter, Spans()
         logs.event("unit begun", teacher=teacher, unit=unit.name)
@@ -84,7 +87,7 @@ class TeacherActor:
             self._device_lock.release()
         del views
         with meter.phase(spans, "write"):
-            written = self._write(unit, targets) if targets else 0
+            written = self._write(unit, targets, run or self._job.run) if targets else 0
         failures, seconds = (*unusable, *refused), spans.seconds("device")
         meter.committed(len(targets), written, spans.seconds("write"))
         logs.event(
@@ -95,6 +98,11 @@ class TeacherActor:
         told = spans.all() if self._job.traced else ()
         return UnitRecord(unit.name, len(targets), failures, written, seconds, teacher, self._name, told)
 
-    def _write(self, unit: Unit, targets: list[RowTargets]) -> int:
+    def _write(self, unit: Unit, targets: list[RowTargets], run: str) -> int:
         storage, info = open_storage(self._job.uri), self._job.info
-        return write_unit(storage, info, unit, targets, lambda: fence(storage, info.name, self._job.run))
+        return write_unit(storage, info, unit, targets, lambda: fence(storage, info.name, run))
+
+
+@ray.remote(max_concurrency=PIPELINE_DEPTH)
+class TeacherActor(UnitWorker):
+    """A worker of a precompute, which pulls units. Up to `PIPELINE_DEPTH` calls of `run` overlap."""

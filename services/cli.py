@@ -11,7 +11,7 @@ import typer
 
 from cache import CorruptShardError, MtpdError, RecipeError, open_storage
 from services import demo as demonstration
-from services import logs, looking, maintain
+from services import logs, looking, maintain, serving
 from services.measure import measure_job
 from services.order import decided, decided_if_known, find_order, show_order
 from services.overlap import run_job
@@ -114,7 +114,22 @@ def train_command(
     if stage is not None and stage > len(content.stages):
         raise RecipeError(f"--stage {stage}: {recipe} has {len(content.stages)} stages.")
     stages = [stage] if stage is not None else range(1, len(content.stages) + 1)
-    _show_stages(train(content, list(stages), targets))
+    with serving.beside_training(content) if targets == "cache" else nullcontext():
+        _show_stages(train(content, list(stages), targets))
+
+
+@app.command()
+def serve(
+    recipe: RecipeFile,
+    teacher: TeacherName = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; whoever reaches it can have teachers run.")
+    ] = "127.0.0.1",
+) -> None:
+    """Compute rows that students ask for and the cache lacks (cache.on_missing: compute), until Ctrl-C."""
+    content = decided(load_recipe(recipe))
+    with serving.service(content, _teachers(content, teacher), host):
+        serving.until_stopped()
 
 
 @app.command()

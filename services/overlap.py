@@ -12,6 +12,7 @@ from services import cluster
 from services.filling import Filling, FillResult, Turn
 from services.precompute import fill_all, show_fill, used_teachers
 from services.present import complain, say
+from services.serving import beside_training
 from services.train import train
 from trainer import Recipe, StageResult, first_epoch, stage_dir, teacher_info
 
@@ -46,7 +47,8 @@ def run_job(recipe: Recipe, *, force: bool = False) -> tuple[list[FillResult], l
         show_fill(result)
     if any(result.failures for result in fills):
         return fills, []
-    return fills, train(recipe, stages)
+    with beside_training(recipe):
+        return fills, train(recipe, stages)
 
 
 def _together(recipe: Recipe, actors: int, force: bool) -> tuple[list[FillResult], list[StageResult]]:

@@ -15,6 +15,7 @@ with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
     register_all_modules(init_default_scope=True)
 
 from trainer.annotations import Annotations, read_annotations
+from trainer.asking import Answer, RowAsker, ask, counts, service_name, service_url
 from trainer.batches import TotalBatchSampler, ViewSampler, epoch_batches, epoch_order, share
 from trainer.compute import Failure, UnitComputer
 from trainer.cost import (
@@ -73,6 +74,7 @@ __all__ = [
     "WAYS",
     "Agreement",
     "Annotations",
+    "Answer",
     "ApplySampledView",
     "ApplyView",
     "AutocastOptimWrapper",
@@ -95,6 +97,7 @@ __all__ = [
     "Pulse",
     "Recipe",
     "ResumableEpochLoop",
+    "RowAsker",
     "SampleReport",
     "SceneOptions",
     "SeedStepHook",
@@ -121,12 +124,14 @@ __all__ = [
     "ViewedDataset",
     "Way",
     "adaptation_costs",
+    "ask",
     "assemble",
     "break_even_epochs",
     "break_even_students",
     "cheapest",
     "choose_rows",
     "compare_sample",
+    "counts",
     "describe",
     "draw_row",
     "epoch_batches",
@@ -148,6 +153,8 @@ __all__ = [
     "read_pulse",
     "refuse_other_classes",
     "select_teachers",
+    "service_name",
+    "service_url",
     "share",
     "spend",
     "stage_config",

@@ -166,8 +166,10 @@ class CacheSpec(Spec):
         unit_rows: how many rows make a unit; by default about 128 MiB of them.
         local_dir, local_bytes: a folder on each machine that keeps what training read of a cache in object storage.
         on_damage: what training does about a row whose bytes are damaged: stop, or ``skip`` the image and count it.
-        on_missing: what training does about a row that is not committed: stop before it begins, or ``wait`` for it while a
-            precompute runs, which then commits rows in the order in which the first epoch of a stage meets them.
+        on_missing: what training does about a row that is not committed: stop before it begins, ``wait`` for it while a
+            precompute runs, or have the teacher service ``compute`` it. Rows are then committed in the order in which the
+            first epoch of a stage meets them.
+        service: where the teacher service listens, ``http://HOST:PORT``; this machine's loopback by default.
     """
 
     uri: str
@@ -177,7 +179,8 @@ class CacheSpec(Spec):
     local_dir: str | None = None
     local_bytes: PositiveInt | None = None
     on_damage: Literal["error", "skip"] = "error"
-    on_missing: Literal["error", "wait"] = "error"
+    on_missing: Literal["error", "wait", "compute"] = "error"
+    service: Annotated[str, Field(pattern=r"^http://[^/:]+:\d+$")] = "http://127.0.0.1:8000"
 
     @model_validator(mode="after")
     def _bound_of_a_folder(self) -> "CacheSpec":

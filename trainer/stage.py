@@ -19,6 +19,7 @@ from mmengine.runner import Runner
 
 from cache import MissingRowsError, MtpdError, RecipeError, TeacherCache, await_first_row, differences
 from trainer.annotations import read_annotations
+from trainer.asking import await_group
 from trainer.checkpoint import save_student
 from trainer.config import nested, plain, plain_dict
 from trainer.pulse import Pulse, PulseHook
@@ -30,7 +31,7 @@ _BEGUN = "stage.json"
 # written, and in how many pieces a share is trained on, makes no difference
 _FREE = re.compile(
     r"\.fingerprint\.(levels|dense|head)[:.]|\.head\.fingerprint\b|default_hooks\.checkpoint\b|model\.micro_batch\b"
-    r"|\.on_missing\b"
+    r"|\.(on_missing|service)\b"
 )
 
 
@@ -87,6 +88,8 @@ def train_stage(
     for load in _loads(cfg):
         if recipe.cache.on_missing == "wait":
             await_first_row(load["uri"], load["teacher"], load["fingerprint"], partial(print_log, logger="current"))
+        elif recipe.cache.on_missing == "compute":
+            await_group(load["service"], load["teacher"], load["fingerprint"])
     folder = stage_dir(recipe, stage)
     folder.mkdir(parents=True, exist_ok=True)
     if get_rank() == 0:

@@ -8,6 +8,7 @@ from mmengine.config import Config
 
 from cache import GroupInfo, RecipeError
 from trainer.annotations import Annotations, read_annotations
+from trainer.asking import service_url
 from trainer.config import load_config, nested, plain_dict, set_classes
 from trainer.groups import teacher_info
 from trainer.needs import needs_of
@@ -218,6 +219,8 @@ def _load_targets(recipe: Recipe, stage: int, cached: GroupInfo) -> dict[str, An
         transform |= dict(local_dir=cache.local_dir, local_bytes=cache.local_bytes)
     if cache.on_missing != "error":
         transform |= dict(on_missing=cache.on_missing)
+    if cache.on_missing == "compute":
+        transform |= dict(service=service_url(recipe))
     return transform
 
 

@@ -9,6 +9,7 @@ from mmdet.registry import TRANSFORMS
 from mmengine.logging import print_log
 
 from cache import Policy, RowWaiter, TeacherCache, ViewPolicy
+from trainer.asking import RowAsker
 from trainer.targets import CachedMaps
 
 
@@ -77,7 +78,9 @@ class LoadTeacherTargets(BaseTransform):
         top_k: positions a level of the dense head's outputs to read, the best; 0 for none.
         detections: read the detections.
         local_dir, local_bytes: see `TeacherCache.open`.
-        on_missing: ``wait`` for a row that is not committed, as long as a precompute may commit it.
+        on_missing: ``wait`` for a row that is not committed, as long as a precompute may commit it; or have the teacher
+            service ``compute`` it.
+        service: URL of the teacher service.
     """
 
     def __init__(
@@ -90,7 +93,8 @@ class LoadTeacherTargets(BaseTransform):
         detections: bool = False,
         local_dir: str | None = None,
         local_bytes: int | None = None,
-        on_missing: Literal["error", "wait"] = "error",
+        on_missing: Literal["error", "wait", "compute"] = "error",
+        service: str = "",
     ) -> None:
         self.cache = TeacherCache.open(
             uri,
@@ -102,7 +106,11 @@ class LoadTeacherTargets(BaseTransform):
             local_bytes=local_bytes,
         )
         self._top_k, self._detections = top_k, detections
-        self._waiter = RowWaiter(self.cache, _tell) if on_missing == "wait" else None
+        self._waiter: RowWaiter | RowAsker | None = None
+        if on_missing == "wait":
+            self._waiter = RowWaiter(self.cache, _tell)
+        elif on_missing == "compute":
+            self._waiter = RowAsker(self.cache, service, _tell)
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Read one row.
