@@ -19,7 +19,7 @@ from cache.errors import (
 from cache.follow import Follower
 from cache.gc import Garbage, find_garbage, remove, whole_group
 from cache.heads import head_digest, pack_head, read_head, write_head
-from cache.index import Index, Location
+from cache.index import Index
 from cache.layout import (
     FORMAT_VERSION,
     Compression,
@@ -72,7 +72,6 @@ __all__ = [
     "LeaseHeldError",
     "Level",
     "LocalStorage",
-    "Location",
     "MissingRowsError",
     "MtpdError",
     "Plan",

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cache import (
     CorruptShardError,
+    Follower,
     Lease,
     LeaseHeldError,
     LocalStorage,
@@ -39,7 +40,7 @@ from cache import (
     remote,
 )
 from cache import objects as module
-from cache.layout import LEASE
+from cache.layout import LEASE, MANIFEST
 from cache.objects import ObjectStorage
 from tests.cache import make
 from tests.cache.object_store import (  # noqa: F401 - fixtures
@@ -116,6 +117,25 @@ def test_what_was_never_written_is_absent_and_no_fault(storage: Storage) -> None
     storage.delete("x/y")
     storage.write("x/y/z", [b""])
     assert not storage.exists("x/y"), "a folder is no file"
+
+
+def test_a_reader_follows_what_is_committed_compacted_and_taken_out(storage: Storage) -> None:
+    group = make.info()
+    make.fill(storage, group, make.images(3))
+    follower = Follower(storage, group)
+    assert len(follower.index) == 6
+    assert follower.refresh() == []
+    compact(storage, group)  # as every run does first
+    make.fill(storage, group, make.images(6))
+    assert follower.refresh() is None
+    assert len(follower.index) == 12
+    compact(storage, group)
+    assert follower.refresh() is None
+    assert len(follower.index) == 12
+    assert follower.refresh() == []
+    storage.delete(f"{group.name}/{MANIFEST}")
+    assert follower.refresh() is None
+    assert len(follower.index) == 0
 
 
 def test_a_write_whose_source_breaks_leaves_what_was_there(storage: Storage) -> None:
