@@ -76,23 +76,11 @@ def _fit(recipe: Recipe, stage: int, targets: TargetSource, name: str) -> None:
     Ray Train's own retries would try again what the user has to mend, and count failures over the whole stage, where here those
     count that come one after the other without a new checkpoint.
     """
-    folder, training, fruitless = stage_dir(recipe, stage), recipe.training, 0
-    least, most = training.workers.min, training.workers.max
-    cpus, gpus = cluster.share(training.cpus, "CPU", most), cluster.share(training.gpus, "GPU", most)
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"recipe": recipe, "stage": stage, "targets": targets, "log": logs.style()},
-        scaling_config=ScalingConfig(
-            num_workers=most if least == most else (least, most),
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
-        ),
-        run_config=RunConfig(name=f"stage-{stage}", storage_path=str(folder / "ray")),
-    )
+    folder, most, fruitless = stage_dir(recipe, stage), recipe.training.max_failures, 0
     while True:
         before = latest_checkpoint(folder)
         try:
-            trainer.fit()
+            _trainer(recipe, stage, targets).fit()
             return
         except WorkerGroupError as error:
             if (fault := _users_fault(error)) is not None:
@@ -100,13 +88,30 @@ def _fit(recipe: Recipe, stage: int, targets: TargetSource, name: str) -> None:
             now = latest_checkpoint(folder)
             fruitless = 1 if now != before else fruitless + 1
             reasons = "; ".join(dict.fromkeys(_last_line(failure) for failure in error.worker_failures.values()))
-            if fruitless > training.max_failures:
+            if fruitless > most:
                 raise MtpdError(
                     f"{name}: workers failed {fruitless} times without a new checkpoint between, which is more than "
                     f"training.max_failures: {reasons}. For memory: training.micro_batch, or more workers. Run the "
                     f"command again to go on from {now or 'the beginning'}."
                 ) from error
             say(f"{name}: a worker failed ({reasons}); goes on from {Path(now).name if now else 'the beginning'}")
+
+
+def _trainer(recipe: Recipe, stage: int, targets: TargetSource) -> TorchTrainer:
+    workers, training = recipe.training.workers, recipe.training
+    cpus, gpus = (
+        cluster.share(given, kind, workers.max) for given, kind in ((training.cpus, "CPU"), (training.gpus, "GPU"))
+    )
+    return TorchTrainer(
+        _work,
+        train_loop_config={"recipe": recipe, "stage": stage, "targets": targets, "log": logs.style()},
+        scaling_config=ScalingConfig(
+            num_workers=workers.max if workers.min == workers.max else (workers.min, workers.max),
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=RunConfig(name=f"stage-{stage}", storage_path=str(stage_dir(recipe, stage) / "ray")),
+    )
 
 
 def _users_fault(error: WorkerGroupError) -> MtpdError | None:

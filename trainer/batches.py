@@ -6,6 +6,7 @@ with mmdet's ``DATA_SAMPLERS`` and named in the config's ``train_dataloader.samp
 """
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 from mmdet.registry import DATA_SAMPLERS
@@ -14,6 +15,8 @@ from torch.utils.data import Sampler
 
 from cache import RecipeError
 from trainer.dataset import ViewedDataset
+
+Share = TypeVar("Share", np.ndarray, range)
 
 
 def epoch_order(images: int, views: int, seed: int, epoch: int) -> np.ndarray:
@@ -51,7 +54,7 @@ def epoch_batches(items: np.ndarray, groups: np.ndarray, size: int) -> np.ndarra
     return items[np.concatenate([in_turn, filled.reshape(-1, size)])]
 
 
-def share(batch: np.ndarray, rank: int, world: int) -> np.ndarray:
+def share(batch: Share, rank: int, world: int) -> Share:
     """A worker's part of a total batch: the ``rank``-th of ``world`` runs whose sizes differ by one at most."""
     return batch[rank * len(batch) // world : (rank + 1) * len(batch) // world]
 

@@ -29,7 +29,7 @@ from cache import (
 )
 from trainer.images import UnusableImageError, read_image
 from trainer.specs import SplitSpec
-from trainer.teacher import Teacher
+from trainer.teacher import Teacher, TeacherOutput
 from trainer.transforms import view_config
 
 # rows whose sampled views are made twice before anything is written
@@ -103,10 +103,9 @@ class UnitComputer:
             failures += failed
         return views, failures
 
-    def maps(self, pixels: Pixels) -> dict[str, torch.Tensor]:
-        """The teacher's maps of one view as they would be quantised: per level (C, h, w) float32 on the CPU."""
-        output = self._teacher([pixels.image], detect=False)
-        return {name: maps[0].float().cpu() for name, maps in output.features.items()}
+    def look(self, pixels: Pixels) -> TeacherOutput:
+        """What the teacher gives of one view, before anything of it is quantised."""
+        return self._teacher([pixels.image])
 
     def compute(
         self,

@@ -145,13 +145,18 @@ def place(dense: DenseLevel, size: tuple[int, int]) -> tuple[Tensor, Tensor | sl
     return positions[inside], inside
 
 
-def same_priors(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two heads predict at the same places: equal strides and anchors."""
-    if strides(first) != strides(second):
-        return False
-    sizes = [(2, 3)] * len(strides(first))
-    pairs = zip(*(h.prior_generator.grid_priors(sizes, device="cpu") for h in (first, second)), strict=True)
-    return all(ours.shape == theirs.shape and torch.allclose(ours, theirs) for ours, theirs in pairs)
+def same_priors(first: nn.Module, second: nn.Module, stride: int) -> bool:
+    """Whether two heads predict at the same places of the level of a stride, which both have: equal anchors or points."""
+    ours, theirs = (
+        head.prior_generator.single_level_grid_priors((2, 3), strides(head).index(stride), device="cpu")
+        for head in (first, second)
+    )
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs)
+
+
+def family(head: nn.Module) -> type[nn.Module] | None:
+    """Which of the known families a dense head is of."""
+    return next((family for family in _FAMILIES if isinstance(head, family)), None)
 
 
 def _forward(head: type[nn.Module]) -> tuple[Any, Any]:

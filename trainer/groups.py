@@ -18,7 +18,7 @@ from cache import (
     serves,
 )
 from trainer.annotations import read_annotations
-from trainer.needs import Needs, needs_of
+from trainer.needs import Needs, needs_of, refuse_unfit
 from trainer.recipe import Recipe
 from trainer.teacher import class_counts, describe, fingerprint_record
 
@@ -27,10 +27,12 @@ def wanted_record(recipe: Recipe, name: str) -> dict[str, Any]:
     """The fingerprint record of a teacher's targets, and of what the recipe's mechanisms store of them.
 
     Raises:
-        RecipeError: a mechanism matches no level of both detectors, or compares classes that differ.
+        RecipeError: a mechanism matches no level of both detectors, compares classes that differ, or cannot bring their heads
+            together.
     """
     needs = needs_of(recipe, name)
     _refuse_other_classes(recipe, name, needs)
+    refuse_unfit(recipe, name)
     return fingerprint_record(
         recipe.teachers[name],
         name,

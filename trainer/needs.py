@@ -2,19 +2,21 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from mmdet.registry import MODELS
 
 from cache import Level
+from trainer.annotations import read_annotations
 from trainer.capture import measure_levels
-from trainer.config import load_config
+from trainer.config import load_config, set_classes
 from trainer.mechanisms import MECHANISMS
 from trainer.mechanisms.base import pair
 from trainer.recipe import Recipe
-from trainer.teacher import measured
+from trainer.specs import StudentSpec, TeacherSpec
+from trainer.teacher import build_model, measured
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,46 @@ def needs_of(recipe: Recipe, teacher: str, stage: int | None = None) -> Needs:
     else:
         levels = _levels(recipe, teacher, wanted)
     return Needs(tuple(levels), spec.top_k if "dense" in needs else 0, "detections" in needs, "head" in needs)
+
+
+def refuse_unfit(recipe: Recipe, teacher: str) -> None:
+    """Refuse a teacher whose head or detections the student cannot learn from by the mechanisms of its stages.
+
+    Both detectors are built with random weights: a recipe is refused before any teacher is run.
+
+    Raises:
+        RecipeError: see `Mechanism.refuse_unfit` of the mechanisms.
+    """
+    stages = [stage for stage in recipe.possible_stages if teacher in stage.teachers]
+    mechanisms = [
+        one
+        for stage in stages
+        for one in stage.mechanisms
+        if MECHANISMS.get(one["type"]).needs & {"dense", "detections", "head"}
+    ]
+    if not mechanisms:
+        return
+    classes = len(read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").classes)
+    given = (recipe.student, recipe.teachers[teacher])
+    _refuse_unfit(*(json.dumps(one.model_dump(mode="json")) for one in given), teacher, json.dumps(mechanisms), classes)
+
+
+# building two detectors takes seconds; a command asks several times
+@lru_cache(maxsize=32)
+def _refuse_unfit(student: str, teacher: str, name: str, mechanisms: str, classes: int) -> None:
+    spec, theirs = StudentSpec.model_validate_json(student), TeacherSpec.model_validate_json(teacher)
+    config = load_config(spec.config, spec.cfg_options, "student.config")
+    set_classes(config.model, classes)
+    ours, master = MODELS.build(config.model), build_model(theirs, name)
+    levels = [
+        replace(level, stride=round(level.stride / spec.input_scale))
+        for level in measure_levels(ours, spec.capture, "student.capture")
+    ]
+    known = [level for level in measured(theirs, name)[0] if theirs.levels is None or level.name in theirs.levels]
+    pooled = [replace(level, pool=theirs.pool.get(level.name, 1)) for level in known]
+    for one in json.loads(mechanisms):
+        arguments = {key: value for key, value in one.items() if key != "type"}
+        MECHANISMS.get(one["type"])(levels, pooled, **arguments).refuse_unfit(ours, master)
 
 
 def _levels(recipe: Recipe, teacher: str, mechanisms: Iterable[Mapping[str, Any]]) -> list[str]:

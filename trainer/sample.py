@@ -1,18 +1,22 @@
 """The live teacher against its cached targets, on a sample of rows; and the control that a mirrored view is no mirrored map."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from mmdet.structures.bbox import bbox_overlaps
 from torch import Tensor
 
-from cache import MissingRowsError, Plan, RecipeError, TeacherCache, make_plan
+from cache import MissingRowsError, Plan, TeacherCache, make_plan
 from trainer.annotations import read_annotations
 from trainer.compute import Failure, UnitComputer
 from trainer.groups import teacher_info
 from trainer.recipe import Recipe
-from trainer.teacher import Teacher
+from trainer.teacher import Teacher, TeacherOutput
+
+BEST = 20  # what comes after may fall off the end of a list of detections by a rounding
+SAME = 0.9
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,40 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Found:
+    """How what a teacher's head puts out agrees: its detections, or a level's dense outputs.
+
+    Attributes:
+        what: ``detections``, or the level.
+        compared: live detections, the `BEST` of each image, or live positions.
+        found: share of them that the cache has: a detection of the same class with an IoU of at least `SAME`, or the position.
+        largest_error: largest absolute difference of a score, or of a class logit, of what is found.
+    """
+
+    what: str
+    compared: int
+    found: float
+    largest_error: float
+
+
+@dataclass(frozen=True)
 class SampleReport:
-    """What a comparison found: per level, and the images that could not be read any more."""
+    """What a comparison found: per level, of the heads' outputs, and the images that could not be read any more."""
 
     levels: tuple[Agreement, ...]
+    heads: tuple[Found, ...]
     failures: tuple[Failure, ...]
 
     @property
     def agrees(self) -> bool:
         """Whether the cached targets are what this teacher gives, up to their own quantisation.
 
-        Noise of more than twice the recorded amplitude (6 dB), above what another device's arithmetic does (40 dB), is not.
+        Noise of more than twice the recorded amplitude (6 dB), above what another device's arithmetic does (40 dB), is not; nor
+        is more than a twentieth of what a head puts out that is not there: equal scores may change places.
         """
-        return all(a.measured_snr >= min(a.recorded_snr - 6, 40) for a in self.levels)
+        return all(a.measured_snr >= min(a.recorded_snr - 6, 40) for a in self.levels) and all(
+            one.found >= 0.95 for one in self.heads
+        )
 
 
 def compare_sample(recipe: Recipe, name: str, count: int, device: str = "cpu", seed: int = 0) -> SampleReport:
@@ -64,13 +89,10 @@ def compare_sample(recipe: Recipe, name: str, count: int, device: str = "cpu", s
         count: rows; all if there are fewer.
 
     Raises:
-        RecipeError: no maps of this teacher are stored.
         MissingRowsError: nothing is committed for this recipe.
         CorruptShardError: a row of the sample is damaged.
     """
     cache = TeacherCache.open(recipe.cache.uri, name, fingerprint=teacher_info(recipe, name).record)
-    if not cache.levels:
-        raise RecipeError(f"teachers.{name}: no feature maps are stored of it, and these are what --sample compares.")
     images = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").images
     plan = make_plan(images, recipe.policy, cache.info)
     committed = np.flatnonzero(cache.index.committed(images.ids, len(recipe.policy)))
@@ -86,23 +108,55 @@ def compare_sample(recipe: Recipe, name: str, count: int, device: str = "cpu", s
         Teacher.of_group(spec, cache.info, device), cache.info, recipe.policy, recipe.dataset.train, batch_size=1
     )
     live, failures = {}, []
-    for key, maps, failed in _live_maps(computer, plan, members):
+    for key, output, failed in _live(computer, plan, members):
         failures += failed
-        if maps is not None:
-            live[key] = maps
+        if output is not None:
+            live[key] = output
+    if not live:
+        return SampleReport((), (), tuple(failures))
     recorded = cache.fidelity()
-    levels = tuple(_agreement(level, cache, live, recorded[level], views) for level in cache.levels) if live else ()
-    return SampleReport(levels, tuple(failures))
+    maps = {key: {level: m[0].float().cpu() for level, m in output.features.items()} for key, output in live.items()}
+    levels = tuple(_agreement(level, cache, maps, recorded[level], views) for level in cache.levels)
+    return SampleReport(levels, (_detected(cache, live), *_dense(cache, live)), tuple(failures))
 
 
-def _live_maps(
+def _live(
     computer: UnitComputer, plan: Plan, members: Sequence[int]
-) -> Iterator[tuple[tuple[int, int], dict[str, Tensor] | None, list[Failure]]]:
+) -> Iterator[tuple[tuple[int, int], TeacherOutput | None, list[Failure]]]:
     for member in members:
         row = plan.row(int(member), 0)
         views, failures = computer.decode_rows([row])
-        maps = computer.maps(views[0]) if views else None
-        yield (row.image_id, row.view), maps, failures
+        yield (row.image_id, row.view), computer.look(views[0]) if views else None, failures
+
+
+def _detected(cache: TeacherCache, live: Mapping[tuple[int, int], TeacherOutput]) -> Found:
+    compared, found, error = 0, 0, 0.0
+    for key, output in live.items():
+        now, stored = output.detections[0], cache[key].detections
+        for n in np.argsort(-now.scores)[:BEST]:
+            box, score, label = now.boxes[n], now.scores[n], now.labels[n]
+            compared += 1
+            same = np.flatnonzero(stored.labels == label)
+            overlaps = bbox_overlaps(torch.tensor(box)[None], torch.tensor(stored.boxes[same]))[0]
+            if len(same) and overlaps.max() >= SAME:
+                found += 1
+                error = max(error, float(abs(stored.scores[same[int(overlaps.argmax())]] - score)))
+    return Found("detections", compared, found / compared if compared else 1.0, error)
+
+
+def _dense(cache: TeacherCache, live: Mapping[tuple[int, int], TeacherOutput]) -> Iterator[Found]:
+    for spec in cache.info.dense:
+        compared, found, error = 0, 0, 0.0
+        for key, output in live.items():
+            now, stored = output.dense[0][spec.name], cache[key].dense[spec.name]
+            place = {index: k for k, index in enumerate(stored.indices.tolist())}
+            pairs = [(n, place[index]) for n, index in enumerate(now.indices.tolist()) if index in place]
+            compared += len(now.indices)
+            found += len(pairs)
+            if pairs:
+                ours, theirs = (torch.tensor(of) for of in zip(*pairs, strict=True))
+                error = max(error, float((now.logits.cpu()[ours] - stored.logits[theirs]).abs().max()))
+        yield Found(spec.name, compared, found / compared, error)
 
 
 def _agreement(

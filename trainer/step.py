@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cache import RecipeError
 from trainer import parts
 from trainer.batch_norm import share_batch_norm, trains_on_batches
+from trainer.batches import share as share_of
 
 
 def take_step(model: nn.Module, distiller: Any, data: dict[str, Any], optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
@@ -43,7 +44,7 @@ def take_step(model: nn.Module, distiller: Any, data: dict[str, Any], optim_wrap
     samples = distiller.batch_size if world > 1 and distiller.batch_size else share * world
     micro = distiller.micro_batch or samples
     # shares differ by one at most: every worker knows in how many pieces each of the others cuts its own
-    cuts = [-(-_share(samples, rank, world) // micro) for rank in range(world)]
+    cuts = [-(-len(share_of(range(samples), rank, world)) // micro) for rank in range(world)]
     if max(cuts) > 1:
         _check_micro_batches(distiller)
     with parts.cut(sum(cuts), samples):
@@ -54,11 +55,7 @@ def take_step(model: nn.Module, distiller: Any, data: dict[str, Any], optim_wrap
                     parts.next_micro_batch()
                     with optim_wrapper.optim_context(distiller):
                         distiller(**piece, mode="loss")
-        return _descend(model, distiller, pieces, optim_wrapper)
-
-
-def _share(samples: int, rank: int, world: int) -> int:
-    return (rank + 1) * samples // world - rank * samples // world
+        return _descend(model, distiller, pieces, optim_wrapper, samples / share)
 
 
 def _pieces(distiller: Any, optim_wrapper: OptimWrapper, data: dict[str, Any], number: int) -> list[dict[str, Any]]:
@@ -93,8 +90,9 @@ def _widened(piece: dict[str, Any], size: tuple[int, int], preprocessor: Any) ->
 
 
 def _descend(
-    model: nn.Module, distiller: Any, pieces: Sequence[dict[str, Any]], optim_wrapper: OptimWrapper
+    model: nn.Module, distiller: Any, pieces: Sequence[dict[str, Any]], optim_wrapper: OptimWrapper, scale: float
 ) -> dict[str, Tensor]:
+    """Backward and update; ``scale`` makes of the losses of the pieces an estimate of the whole batch's."""
     logged: list[dict[str, Tensor]] = []
     # the wrapper averages gradients over workers; they are to be added up
     world = get_world_size()
@@ -110,7 +108,6 @@ def _descend(
                 optim_wrapper.update_params(loss * world)
             else:
                 optim_wrapper.backward(loss * world)
-    scale = parts.count() / len(pieces)
     return {
         name: torch.stack([logs[name].detach() for logs in logged]).sum() * scale
         if "loss" in name
@@ -138,13 +135,21 @@ def _check_micro_batches(distiller: Any) -> None:
 
 @MODEL_WRAPPERS.register_module()
 class DistributedDistiller(MMDistributedDataParallel):
-    """A `Distiller` on several workers. Batch normalisation, where it uses the batch's statistics, uses the total batch's."""
+    """A `Distiller` on several workers. Batch normalisation, where it uses the batch's statistics, uses the total batch's.
 
-    def __init__(self, module: nn.Module, **options: Any) -> None:
+    Args:
+        find_unused_parameters: for students that do not use all of their parameters in every step.
+        device_ids: what mmengine's Runner thinks, which knows GPUs only; the module's own device is taken.
+    """
+
+    def __init__(self, module: nn.Module, find_unused_parameters: bool = False, device_ids: Any = None) -> None:
         share_batch_norm(module)
         device = next(module.parameters()).device
         super().__init__(
-            module, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False, **options
+            module,
+            device_ids=None if device.type == "cpu" else [device],
+            broadcast_buffers=False,
+            find_unused_parameters=find_unused_parameters,
         )
 
     def train_step(self, data: dict[str, Any], optim_wrapper: OptimWrapper) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from trainer import parse_recipe, stage_dir
 from trainer.checkpoint import read_weights
 
 SAME = 8  # the step whose checkpoints must be equal bit for bit: behind the kill, before the node is lost
-TOLERANCE = 1e-3  # relative, of the weights at the end: from the lost node on one worker takes each step, not two
+TOLERANCE = 1e-3  # of the weights at the end: from the lost node on one worker takes each step, not two
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,9 @@ def _take(folder: Path, step: int, still: Callable[[], bool]) -> dict[str, Any]:
     return torch.load(copy, weights_only=False)
 
 
-def test_a_killed_worker_and_a_lost_node_cost_the_steps_since_the_last_checkpoint(data: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_and_a_lost_node_cost_the_steps_since_the_last_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = _content(data, tmp_path / "plain", 2)
     precompute.fill(parse_recipe(content, "test"), "small")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
@@ -81,6 +83,8 @@ def test_a_killed_worker_and_a_lost_node_cost_the_steps_since_the_last_checkpoin
     disturbed = {**_content(data, tmp_path / "disturbed", {"min": 1, "max": 2}), "cache": content["cache"]}
     recipe = parse_recipe(disturbed, "test")
     folder = stage_dir(recipe, 1)
+    # Ray counts a lost node in for up to 20 s: workers that cannot start there are given up sooner than after its minute
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         lost = cluster.add_node(num_cpus=1)
@@ -106,8 +110,9 @@ def test_a_killed_worker_and_a_lost_node_cost_the_steps_since_the_last_checkpoin
     a, b = (read_weights(of / "student.pth", "test") for of in (plain, folder))
     assert a.keys() == b.keys()
     assert not all(torch.equal(a[name], b[name]) for name in a), "two workers made the last steps, not one"
-    for name, value in a.items():
-        assert (b[name] - value).abs().max() <= TOLERANCE * value.abs().max().clamp(min=1), name
+    apart = {name: float((b[name] - value).abs().max()) for name, value in a.items()}
+    print(max(apart.items(), key=lambda item: item[1]))
+    assert max(apart.values()) < TOLERANCE, apart
 
 
 def _training_workers() -> list[int]:

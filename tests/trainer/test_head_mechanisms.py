@@ -584,40 +584,51 @@ def test_gradients_reach_the_student_alone_and_following_them_lowers_the_loss(ca
     ("kind", "student", "teacher", "message"),
     [
         (DenseLogitLoss, "mask-rcnn", "retinanet", "DenseLogitLoss: student: .* has no dense head"),
-        (
-            DenseLogitLoss,
-            "gfl",
-            "retinanet",
-            "DenseLogitLoss: on P3 the teacher's head has 9 anchors and 6 class logits",
-        ),
+        (DenseLogitLoss, "retinanet", "mask-rcnn", "DenseLogitLoss: teacher: .* has no dense head"),
+        (DenseLogitLoss, "gfl", "retinanet", "DenseLogitLoss: the teacher's head has 9 anchors and 6 class logits"),
         (LDLoss, "retinanet", "retinanet", "LDLoss: the student's RetinaHead gives boxes, not distributions"),
         (LDLoss, "gfl", "fcos", "LDLoss: the teacher gives 4 box terms a position, the student 4 x .* = 68"),
         (CrossKDLoss, "reppoints", "reppoints", "CrossKDLoss: a RepPointsHead is none of RetinaHead"),
         (CrossKDLoss, "atss", "gfl", "CrossKDLoss: the student has a ATSSHead, the teacher a GFLHead"),
+        (DetectionLoss, "mask-rcnn", "retinanet", "DetectionLoss: the student learns masks, the teacher gives none"),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(kind: type, student: str, teacher: str, message: str) -> None:
-    pupil, master = detector(student), detector(teacher, seed=1)
-    two_stage = student == "mask-rcnn"
-    batch = step(detector(teacher) if two_stage else pupil, master)
-    batch = replace(batch, student=pupil, head_outputs=None) if two_stage else batch
     with pytest.raises(RecipeError, match=message):
-        kind(LEVELS, LEVELS)(batch)
+        kind(LEVELS, LEVELS).refuse_unfit(detector(student), detector(teacher))
 
 
-def test_other_classes_anchors_or_depths_are_refused() -> None:
-    batch = step(detector("retinanet"), detector("retinanet", seed=1))
+def test_other_anchors_scales_or_depths_are_refused() -> None:
+    pupil, master = detector("retinanet"), detector("retinanet", seed=1)
+    for kind in (CrossKDLoss, DenseLogitLoss):
+        kind(LEVELS, LEVELS).refuse_unfit(pupil, master)
     with pytest.raises(RecipeError, match="reused_teacher_head_idx is 3, the student's head has 2 convolutions"):
-        CrossKDLoss(LEVELS, LEVELS, reused_teacher_head_idx=3)(batch)
-    batch.teacher_head.prior_generator.base_anchors[0] += 1
+        CrossKDLoss(LEVELS, LEVELS, reused_teacher_head_idx=3).refuse_unfit(pupil, master)
+    reduced = [replace(level, stride=2 * level.stride) for level in LEVELS]
+    with pytest.raises(RecipeError, match="the student sees its views at another scale than the teacher"):
+        CrossKDLoss(reduced, LEVELS).refuse_unfit(pupil, master)
+    with pytest.raises(RecipeError, match=r"DenseLogitLoss.levels: .* name levels that both have"):
+        DenseLogitLoss(LEVELS, LEVELS, levels=["P2"]).refuse_unfit(pupil, master)
+    master.bbox_head.prior_generator.base_anchors[1] += 1
     with pytest.raises(RecipeError, match="the heads' strides or anchors differ"):
-        CrossKDLoss(LEVELS, LEVELS)(batch)
+        CrossKDLoss(LEVELS, LEVELS).refuse_unfit(pupil, master)
+    with pytest.raises(RecipeError, match="the anchors of teacher and student differ on P4"):
+        DenseLogitLoss(LEVELS, LEVELS).refuse_unfit(pupil, master)
+    # where the anchors are the same nothing is wrong
+    DenseLogitLoss(LEVELS, LEVELS, levels=["P3", "P5"]).refuse_unfit(pupil, master)
+    # a point of FCOS and an anchor of GFL stand for one cell: their logits compare, their boxes do not
+    DenseLogitLoss(LEVELS, LEVELS).refuse_unfit(detector("gfl"), detector("fcos"))
+    with pytest.raises(
+        RecipeError, match="box_weight: boxes of a FCOSHead are not read as those of the student's GFLHead"
+    ):
+        DenseLogitLoss(LEVELS, LEVELS, box_weight=1.0).refuse_unfit(detector("gfl"), detector("fcos"))
+    with pytest.raises(RecipeError, match="P3 of the teacher is stored pooled"):
+        CrossKDLoss(LEVELS, (Level("P3", 16, 8, 2), *LEVELS[1:]))
+
+
+def test_a_class_that_the_student_does_not_have_is_refused() -> None:
+    batch = step(detector("retinanet"), detector("retinanet", seed=1))
     found = detections()[0]
     other = replace(batch, detections=[replace(found, labels=found.labels + 9)] * 2)
     with pytest.raises(RecipeError, match="the teacher detects class 12, the student has 6 classes"):
         DetectionLoss(LEVELS, LEVELS)(other)
-    masked = replace(_two_stage(detector("mask-rcnn").train()), detections=detections())
-    with pytest.raises(RecipeError, match="the student learns masks, the teacher gives none"):
-        DetectionLoss(LEVELS, LEVELS)(masked)
-    with pytest.raises(RecipeError, match="P3 of the teacher is stored pooled"):
-        CrossKDLoss(LEVELS, (Level("P3", 16, 8, 2), *LEVELS[1:]))

@@ -57,6 +57,19 @@ def test_the_levels_that_the_mechanisms_match_are_stored_and_no_others(content, 
     assert [level.name for level in teacher_info(recipe, "mask").levels] == levels
 
 
+@pytest.mark.parametrize(
+    ("teacher", "mechanism", "message"),
+    [
+        ("mask", {"type": "CrossKDLoss"}, "CrossKDLoss: teacher: .* has no dense head"),
+        ("small", {"type": "LDLoss"}, "the student's RetinaHead gives boxes, not distributions"),
+    ],
+)
+def test_a_teacher_whose_head_does_not_fit_is_refused_before_it_is_run(content, teacher, mechanism, message) -> None:
+    recipe = parse_recipe({**content, "stages": stages(mechanism, teacher=teacher)}, "test")
+    with pytest.raises(RecipeError, match=message):
+        teacher_info(recipe, teacher)
+
+
 def test_what_a_larger_recipe_stored_serves_a_smaller_one(content) -> None:
     larger = parse_recipe({**content, "stages": stages({"type": "PKDLoss"})}, "test")
     smaller = parse_recipe({**content, "stages": stages({"type": "PKDLoss", "levels": ["P5"]})}, "test")

@@ -17,6 +17,7 @@ def test_a_sample_agrees_until_an_image_is_another_one(tmp_path: Path) -> None:
     content = models.recipe(data, tmp_path)
     content["cache"]["precision"] = "int4"
     content["teachers"]["swin"]["pool"] = {"P3": 2}
+    content["teachers"]["swin"]["cfg_options"]["model.test_cfg.score_thr"] = 0.0  # an untrained head is sure of nothing
     recipe = parse_recipe(content, "test")
     with pytest.raises(MissingRowsError):
         compare_sample(recipe, "swin", 4)
@@ -31,6 +32,9 @@ def test_a_sample_agrees_until_an_image_is_another_one(tmp_path: Path) -> None:
         assert level.flipped_cosine is not None
     # int4 is noticed, and is no more than that; the last level has one value a channel, which nothing is lost of
     assert all(0.9 < level.least_cosine <= level.cosine < 0.9999 for level in report.levels[:2])
+    assert [(one.what, one.found) for one in report.heads] == [("detections", 1.0)]
+    assert report.heads[0].compared > 0
+    assert report.heads[0].largest_error < 1e-3
     # the control: the features of a mirrored image are not its mirrored features
     assert min(level.flipped_cosine or 1 for level in report.levels) < 0.9
 
@@ -42,3 +46,24 @@ def test_a_sample_agrees_until_an_image_is_another_one(tmp_path: Path) -> None:
     files[1].unlink()
     gone = compare_sample(recipe, "swin", 12)
     assert len(gone.failures) == 2
+
+
+def test_dense_outputs_are_compared_too_and_need_no_maps(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    generate(data, "train", 3, seed=3)
+    generate(data, "val", 1, seed=3, first_id=1000)
+    content = models.recipe(data, tmp_path)
+    content["stages"] = [{"teacher": "small", "mechanisms": [{"type": "DenseLogitLoss"}], "epochs": 1}]
+    recipe = parse_recipe(content, "test")
+    precompute.fill(recipe, "small")
+    report = compare_sample(recipe, "small", 6)
+    assert report.agrees
+    assert report.levels == ()
+    assert [one.what for one in report.heads] == ["detections", "P3", "P4", "P5", "P6", "P7"]
+    assert all(one.found == 1 for one in report.heads)
+    # stored as float16, and the logits of an untrained head lie near -4.6
+    assert all(0 < one.largest_error < 2e-2 for one in report.heads[1:])
+    file = sorted((data / "train").iterdir())[0]
+    height, width = cv2.imread(str(file)).shape[:2]
+    cv2.imwrite(str(file), np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+    assert not compare_sample(recipe, "small", 6).agrees

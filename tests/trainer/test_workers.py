@@ -17,8 +17,7 @@ from trainer import parse_recipe
 
 TOLERANCE = 1e-4  # of the change that the steps made, and of each loss
 ROUGH = 0.5  # of bfloat16, whose numbers have eight bits
-STEPS = 3
-_FROZEN = {"model.backbone.norm_eval": True}
+STEPS = 2
 _MECHANISMS = ("FeatureMatchingLoss", "PKDLoss", "MGDLoss", "CWDLoss", "FGDLoss")
 
 
@@ -33,33 +32,34 @@ def _case(data: Path, folder: Path, student: str, teacher: str, mechanisms: tupl
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workers")
+    all_of_features = ("retinanet-r18", "retinanet-swin", (*_MECHANISMS, "FBKDLoss"))
+    on_heads = ("LDLoss", "DenseLogitLoss", "DetectionLoss")
+    # their students' batch normalisations use the batch's statistics
     contents = {
-        # batch normalisation by the batch's statistics, which is in the fourth mechanism of its own too
-        "retinanet": _case(data, folder, "retinanet-r18", "retinanet-swin", (*_MECHANISMS, "FBKDLoss")),
-        "gfl": _case(data, folder, "gfl-r18", "gfl-r18", ("LDLoss", "DenseLogitLoss", "DetectionLoss", "CrossKDLoss")),
+        "retinanet": _case(data, folder, *all_of_features),
+        "gfl": _case(data, folder, "gfl-r18", "gfl-r18", (*on_heads, "CrossKDLoss")),
         "mask-rcnn": _case(data, folder, "mask-rcnn-r18", "retinanet-swin", ("MGDLoss",)),
+        "fcos": _case(data, folder, "fcos-r18", "retinanet-swin", ("PKDLoss",)),
+        "reppoints": _case(data, folder, "reppoints-r18", "retinanet-swin", ("CWDLoss",)),
+        "bfloat16": _case(data, folder, *all_of_features, amp="bfloat16"),
         "micro-retinanet": _case(data, folder, "retinanet-r18", "retinanet-swin", _MECHANISMS, micro_batch=1),
-        "micro-gfl": _case(
-            data, folder, "gfl-r18", "gfl-r18", ("LDLoss", "DenseLogitLoss", "DetectionLoss"), micro_batch=2
-        ),
-        "micro-fcos": _case(data, folder, "fcos-r18", "retinanet-swin", ("PKDLoss",), micro_batch=2),
+        "micro-gfl": _case(data, folder, "gfl-r18", "gfl-r18", on_heads, micro_batch=2),
         "micro-mask-rcnn": _case(data, folder, "mask-rcnn-r18", "retinanet-swin", ("MGDLoss",), micro_batch=2),
-        "bfloat16": _case(data, folder, "retinanet-r18", "retinanet-swin", (*_MECHANISMS, "FBKDLoss"), amp="bfloat16"),
-        "reppoints": _case(data, folder, "reppoints-r18", "retinanet-swin", ("PKDLoss",)),
     }
     for name, content in contents.items():
         if name.startswith("micro"):
-            content["student"]["cfg_options"] |= _FROZEN
+            content["student"]["cfg_options"] |= {"model.backbone.norm_eval": True}
+    # what is stored of a teacher is what a recipe needs: these need the most
     for name, case in {"retinanet-swin": "retinanet", "gfl-r18": "gfl"}.items():
-        # each case's recipe needs something else of the teacher: the largest first
         assert precompute.fill(parse_recipe(contents[case], "test"), name) == []
-    cases = {name: {"recipe": content, "steps": STEPS, "worlds": WORLDS} for name, content in contents.items()}
-    # what micro-batches are compared with: the same without
+    cases = {name: {"recipe": content, "worlds": _worlds(name)} for name, content in contents.items()}
     for name in [name for name in cases if name.startswith("micro")]:
-        cases[name]["worlds"] = (2, 1)
-        whole = {**json.loads(json.dumps(cases[name])), "worlds": (1,)}
+        whole = {"recipe": json.loads(json.dumps(contents[name])), "worlds": (1,)}
         del whole["recipe"]["training"]["micro_batch"]
         cases[name.replace("micro", "whole")] = whole
+    for name, case in cases.items():
+        # R-CNNs take the best proposals: rounding may change which, from the second step on
+        case["steps"] = 1 if "mask" in name else STEPS
     (folder / "cases.json").write_text(json.dumps(cases))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.trainer.workers", str(folder)]
@@ -73,16 +73,29 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _worlds(case: str) -> tuple[int, ...]:
+    # two workers have two and three samples: in micro-batches of two that is one and two of them
+    return (
+        WORLDS
+        if case == "retinanet"
+        else (2,)
+        if case.startswith("micro")
+        else (2, 1)
+        if case == "bfloat16"
+        else (3, 1)
+    )
+
+
 @pytest.mark.parametrize(
     ("case", "reference"),
     [
-        *((name, name) for name in ("retinanet", "gfl", "mask-rcnn", "reppoints")),
-        *((f"micro-{name}", f"whole-{name}") for name in ("retinanet", "gfl", "fcos", "mask-rcnn")),
+        *((name, name) for name in ("retinanet", "gfl", "mask-rcnn", "fcos", "reppoints")),
+        *((f"micro-{name}", f"whole-{name}") for name in ("retinanet", "gfl", "mask-rcnn")),
     ],
 )
 def test_the_number_of_parts_does_not_matter(trained: Path, case: str, reference: str) -> None:
     expected = torch.load(trained / f"{reference}-1.pth")
-    for world in (2, 1) if case != reference else (3, 2):
+    for world in (world for world in _worlds(case) if world > 1):
         found = torch.load(trained / f"{case}-{world}.pth")
         name, apart = _difference(found["changes"], expected["changes"])
         print(f"{case}, {world} workers: {apart:.1e} ({name})")

@@ -87,6 +87,16 @@ class Mechanism(nn.Module):
         """What is worth a curve beside the loss, by name."""
         return {}
 
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Refuse detectors that this mechanism cannot bring together, before a teacher is run.
+
+        Args:
+            student, teacher: the detectors, with any weights.
+
+        Raises:
+            RecipeError: what does not fit, and what would.
+        """
+
 
 class LevelMechanism(Mechanism):
     """A mechanism that is a sum over pyramid levels, paired by stride.

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from cache import Level, RecipeError, level_name
 from trainer import parts
 from trainer.assignment import assign
-from trainer.dense import check_dense, decode, dense_shape, flat_outputs, same_priors, strides
+from trainer.dense import decode, dense_shape, flat_outputs, same_priors, strides
 from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism, pair
-from trainer.mechanisms.dense_logit import student_head
+from trainer.mechanisms.dense_logit import dense_heads, student_head
 from trainer.mechanisms.soft_targets import quality_focal
 
 # weights of the authors' configurations: class, box, centerness
@@ -57,8 +57,8 @@ class CrossKDLoss(Mechanism):
             0.75, -; GFL 1, 4, -.
 
     Raises:
-        RecipeError: pooled levels; (first step) no dense head of these four families, a teacher's head of another family, with
-            other anchors, strides, classes, bins or channels, a level that is not stored.
+        RecipeError: pooled levels; `refuse_unfit`: no dense head of these four families, a teacher's head of another family, with
+            other anchors, strides, classes, bins or channels, a level that the two do not have in common.
     """
 
     needs = frozenset({"features", "head"})
@@ -84,13 +84,9 @@ class CrossKDLoss(Mechanism):
             )
         self.index = reused_teacher_head_idx
         self.weights = cls_weight, reg_weight, ctr_weight
-        self._checked = False
 
     def loss(self, batch: Batch) -> Tensor:
         head, theirs = student_head(batch, type(self).__name__), batch.teacher_head
-        if not self._checked:
-            self._check(head, theirs, batch)
-            self._checked = True
         index, names = self._reused(theirs), [level_name(stride) for stride in strides(theirs)]
         features = [feature.float() for feature in batch.features]
         towers = [_towers(head, index, feature) for feature in features]
@@ -156,17 +152,16 @@ class CrossKDLoss(Mechanism):
             return self.index
         return max(0, theirs.stacked_convs - (2 if isinstance(theirs, FCOSHead) else 1))
 
-    def _check(self, head: nn.Module, theirs: nn.Module, batch: Batch) -> None:
-        """Refuse heads that cannot follow on each other."""
-        check_dense(theirs, "stages: CrossKDLoss: teacher")
-        family = _family(head)
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+        head, theirs = dense_heads(student, teacher, type(self).__name__)
+        kind = _family(head)
         index, names = self._reused(theirs), [level_name(stride) for stride in strides(theirs)]
         why = None
-        if family is None:
+        if kind is None:
             why = f"a {type(head).__name__} is none of {', '.join(f.__name__ for f in _WEIGHTS)}"
-        elif _family(theirs) is not family:
+        elif _family(theirs) is not kind:
             why = f"the student has a {type(head).__name__}, the teacher a {type(theirs).__name__}"
-        elif not same_priors(head, theirs):
+        elif strides(head) != strides(theirs) or not all(same_priors(head, theirs, s) for s in strides(head)):
             why = "the heads' strides or anchors differ"
         elif dense_shape(head) != dense_shape(theirs):
             why = f"anchors, class logits and box terms are {dense_shape(head)} and the teacher's {dense_shape(theirs)}"
@@ -181,9 +176,9 @@ class CrossKDLoss(Mechanism):
             why = f"after convolution {index} the heads have different numbers of channels"
         elif missing := [name for name in names if name not in self.pairs]:
             why = f"the teacher's head reads {', '.join(missing)} too, which is not among the levels that both have"
-        elif any(batch.targets[name].shape[1] != theirs.in_channels for name in names):
+        elif any(self.pairs[name][1].channels != theirs.in_channels for name in names):
             why = f"the teacher's head reads {theirs.in_channels} channels; capture the maps that it reads (its neck)"
-        elif any(batch.targets[name].shape[-2:] != f.shape[-2:] for name, f in zip(names, batch.features, strict=True)):
+        elif any(ours.stride != told.stride for ours, told in self.pairs.values()):
             why = "the student sees its views at another scale than the teacher"
         if why is not None:
             raise RecipeError(

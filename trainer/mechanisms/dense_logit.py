@@ -8,9 +8,9 @@ from mmdet.models.losses.iou_loss import giou_loss
 from mmdet.models.losses.kd_loss import knowledge_distillation_kl_div_loss
 from torch import Tensor, nn
 
-from cache import DenseLevel, Level, RecipeError, level_name
+from cache import Level, RecipeError, level_name
 from trainer import parts
-from trainer.dense import check_dense, decode, dense_shape, flat_outputs, place, strides
+from trainer.dense import check_dense, decode, dense_shape, family, flat_outputs, place, same_priors, strides
 from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism
 from trainer.mechanisms.soft_targets import quality_focal
 
@@ -26,10 +26,10 @@ class DenseLogitLoss(Mechanism):
     - ``kl``, the default of softmax heads: ``loss_weight * mean over positions of T^2 * mean over classes of KL(softmax(t / T) ||
       softmax(s / T))``, mmdet's ``KnowledgeDistillationKLDivLoss`` (Hinton et al., 2015).
     - ``box_weight > 0`` adds ``loss_weight * box_weight / Q * sum over positions of q * (1 - GIoU)`` of the decoded boxes, q the
-      teacher's highest score there. Both heads must be of one family; that is not seen from what is stored.
+      teacher's highest score there. Both heads must be of one family.
 
-    A position is (row, column, anchor). The heads must have as many anchors and classes as each other; sizes of anchors cannot be
-    compared. Positions outside the student's map are left out.
+    A position is (row, column, anchor). The heads must have equal anchors and classes. Positions outside the student's map are
+    left out.
 
     Args:
         mode: ``qfl`` or ``kl``; by default what suits the student's head.
@@ -37,7 +37,7 @@ class DenseLogitLoss(Mechanism):
         levels: the levels to use; by default all that both heads have.
 
     Raises:
-        RecipeError: (first step) no dense head, other anchors, classes, or box terms, no common level.
+        RecipeError: `refuse_unfit`: no dense head, other anchors or classes, no common level, with ``box_weight`` another family.
     """
 
     needs = frozenset({"dense"})
@@ -61,14 +61,9 @@ class DenseLogitLoss(Mechanism):
 
     def loss(self, batch: Batch) -> Tensor:
         head = student_head(batch, type(self).__name__)
-        stored = dense_of(batch, head, type(self).__name__)
+        stored = batch.dense
         names = [level_name(stride) for stride in strides(head)]
         used = [name for name in names if name in stored[0]] if self.levels is None else self.levels
-        if not used or any(name not in names or name not in stored[0] for name in used):
-            raise RecipeError(
-                f"stages: DenseLogitLoss.levels: the student's head has {', '.join(names)}, the teacher's "
-                f"{', '.join(stored[0])}; name levels that both have."
-            )
         flat = flat_outputs(head, batch.head_outputs)
         ours, theirs, boxes, their_boxes = [], [], [], []
         for name in used:
@@ -97,6 +92,22 @@ class DenseLogitLoss(Mechanism):
             )
         return loss
 
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+        ours, theirs = dense_heads(student, teacher, type(self).__name__)
+        names, known = ([level_name(stride) for stride in strides(head)] for head in (ours, theirs))
+        used = [name for name in names if name in known] if self.levels is None else self.levels
+        if not used or any(name not in names or name not in known for name in used):
+            raise RecipeError(
+                f"stages: DenseLogitLoss.levels: the student's head has {', '.join(names)}, the teacher's "
+                f"{', '.join(known)}; name levels that both have."
+            )
+        refuse_other_positions(ours, theirs, used, type(self).__name__)
+        if self.box_weight and family(ours) is not family(theirs):
+            raise RecipeError(
+                f"stages: DenseLogitLoss.box_weight: boxes of a {type(theirs).__name__} are not read as those of the student's "
+                f"{type(ours).__name__}. Set it to 0, or take a teacher of the student's family."
+            )
+
 
 def student_head(batch: Batch, mechanism: str) -> nn.Module:
     """The student's dense head.
@@ -109,19 +120,36 @@ def student_head(batch: Batch, mechanism: str) -> nn.Module:
     return head
 
 
-def dense_of(batch: Batch, head: nn.Module, mechanism: str) -> Sequence[dict[str, DenseLevel]]:
-    """The teacher's stored outputs, if they are of a head like the student's.
+def dense_heads(student: nn.Module, teacher: nn.Module, mechanism: str) -> tuple[nn.Module, nn.Module]:
+    """The dense heads of two detectors.
+
+    Raises:
+        RecipeError: one has none of a known family.
+    """
+    heads = [getattr(detector, "bbox_head", None) for detector in (student, teacher)]
+    for head, who in zip(heads, ("student", "teacher"), strict=True):
+        check_dense(head, f"stages: {mechanism}: {who}")
+    return heads[0], heads[1]
+
+
+def refuse_other_positions(ours: nn.Module, theirs: nn.Module, levels: Sequence[str], mechanism: str) -> None:
+    """Refuse heads that do not predict the same classes at the same places of some levels.
 
     Raises:
         RecipeError: other anchors or classes.
     """
-    anchors, classes, _ = dense_shape(head)
-    for of_image in batch.dense:
-        for name, dense in of_image.items():
-            if dense.shape[2] != anchors or dense.logits.shape[1] != classes:
-                raise RecipeError(
-                    f"stages: {mechanism}: on {name} the teacher's head has {dense.shape[2]} anchors and "
-                    f"{dense.logits.shape[1]} class logits a position, the student's {type(head).__name__} {anchors} and "
-                    f"{classes}. Take a teacher with such a head, or DetectionLoss, which only needs equal classes."
-                )
-    return batch.dense
+    (anchors, classes, _), (their_anchors, their_classes, _) = dense_shape(ours), dense_shape(theirs)
+    why = None
+    if (anchors, classes) != (their_anchors, their_classes):
+        why = (
+            f"the teacher's head has {their_anchors} anchors and {their_classes} class logits a position, the student's "
+            f"{type(ours).__name__} {anchors} and {classes}"
+        )
+    elif anchors > 1:  # a cell's only logits mean the same whatever its anchor's size
+        differing = [s for s in strides(ours) if level_name(s) in levels and not same_priors(ours, theirs, s)]
+        if differing:
+            why = f"the anchors of teacher and student differ on {', '.join(map(level_name, differing))}"
+    if why is not None:
+        raise RecipeError(
+            f"stages: {mechanism}: {why}. Take a teacher with such a head, or DetectionLoss, which only needs equal classes."
+        )

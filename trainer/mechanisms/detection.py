@@ -34,8 +34,8 @@ class DetectionLoss(Mechanism):
         score_threshold: keep detections of at least this score, always; None draws.
 
     Raises:
-        RecipeError: (first step) a label that the student has no class for, or a teacher without masks for a student that needs
-            them.
+        RecipeError: `refuse_unfit`: a teacher without masks for a student that learns them; (first step) a label that the student
+            has no class for.
     """
 
     needs = frozenset({"detections"})
@@ -59,6 +59,13 @@ class DetectionLoss(Mechanism):
         features = tuple(feature.float() for feature in batch.features)
         losses = _loss_on(batch.student, features, batch.inputs, samples)
         return torch.stack([_scalar(value) for name, value in losses.items() if "loss" in name]).sum()
+
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+        if student.with_mask and not teacher.with_mask:
+            raise RecipeError(
+                "stages: DetectionLoss: the student learns masks, the teacher gives none. Take a teacher with masks, or a "
+                "student without."
+            )
 
     def _pseudo(self, n: int, sample: DetDataSample, found: Detections, batch: Batch) -> DetDataSample:
         """A sample whose truth are those of the teacher's detections that this step keeps."""
@@ -100,16 +107,7 @@ def _view(sample: DetDataSample, input_scale: float) -> tuple[int, int]:
 
 
 def _masks(found: Detections, kept: Sequence[int], view: tuple[int, int]) -> BitmapMasks:
-    """The masks of some detections, over the view.
-
-    Raises:
-        RecipeError: the teacher has no masks.
-    """
-    if found.masks is None:
-        raise RecipeError(
-            "stages: DetectionLoss: the student learns masks, the teacher gives none. Take a teacher with masks, or a student "
-            "without."
-        )
+    """The masks of some detections, over the view."""
     bitmaps = [coco_mask.decode({"size": list(view), "counts": found.masks[k]}) for k in kept]
     return BitmapMasks(bitmaps, *view)
 

@@ -13,7 +13,7 @@ from trainer import parts
 from trainer.assignment import assign
 from trainer.dense import dense_shape, flat_outputs, place, strides
 from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism
-from trainer.mechanisms.dense_logit import dense_of, student_head
+from trainer.mechanisms.dense_logit import dense_heads, refuse_other_positions, student_head
 
 
 @MECHANISMS.register_module()
@@ -38,8 +38,8 @@ class LDLoss(Mechanism):
         ld_weight, vlr_weight, kd_weight: of the parts; the authors' are 0.25, 0.25 and 10, the valuable region is off here.
 
     Raises:
-        RecipeError: (first step) a head without distributions, or with others; other anchors or classes; a level that is not
-            stored.
+        RecipeError: `refuse_unfit`: a head without distributions, or with others; other classes; a level that the teacher's head
+            lacks.
     """
 
     needs = frozenset({"dense"})
@@ -73,8 +73,6 @@ class LDLoss(Mechanism):
 
     def loss(self, batch: Batch) -> Tensor:
         head = student_head(batch, type(self).__name__)
-        stored = dense_of(batch, head, type(self).__name__)
-        self._check(head, stored)
         sizes = [tuple(scores.shape[-2:]) for scores in batch.head_outputs[0]]
         device = batch.head_outputs[0][0].device
         assigned = assign(head, sizes, batch.samples, device)
@@ -84,7 +82,7 @@ class LDLoss(Mechanism):
         for level, (stride, (logits, terms)) in enumerate(zip(strides(head), flat, strict=True)):
             their_logits, their_terms = torch.zeros_like(logits), torch.zeros_like(terms)
             known = torch.zeros(logits.shape[:2], dtype=torch.bool, device=device)
-            for n, of_image in enumerate(stored):
+            for n, of_image in enumerate(batch.dense):
                 dense = of_image[level_name(stride)]
                 positions, kept = place(dense, sizes[level])
                 known[n, positions] = True
@@ -109,25 +107,26 @@ class LDLoss(Mechanism):
         kl = _kl(ours.reshape(-1, bins), theirs.reshape(-1, bins), self.temperature)
         return (kl * weight.repeat_interleave(4)).sum()
 
-    def _check(self, head: nn.Module, stored: Sequence[dict]) -> None:
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+        head, theirs = dense_heads(student, teacher, type(self).__name__)
         if not isinstance(head, GFLHead):
             raise RecipeError(
                 f"stages: LDLoss: the student's {type(head).__name__} gives boxes, not distributions over distances. Take a "
                 "student with a GFL head, or DenseLogitLoss."
             )
-        wanted = [level_name(stride) for stride in strides(head)]
-        missing = [name for name in wanted if any(name not in of_image for of_image in stored)]
+        wanted, known = ([level_name(stride) for stride in strides(one)] for one in (head, theirs))
+        missing = [name for name in wanted if name not in known]
         if missing:
             raise RecipeError(
                 f"stages: LDLoss: the student's head has levels {', '.join(wanted)}, the teacher's gives no "
                 f"{', '.join(missing)}. Take a teacher whose head has the same levels."
             )
-        terms = {dense.terms.shape[1] for of_image in stored for dense in of_image.values()}
-        if terms != {dense_shape(head)[2]}:
+        if dense_shape(theirs)[2] != dense_shape(head)[2]:
             raise RecipeError(
-                f"stages: LDLoss: the teacher gives {', '.join(map(str, sorted(terms)))} box terms a position, the student "
+                f"stages: LDLoss: the teacher gives {dense_shape(theirs)[2]} box terms a position, the student "
                 f"4 x (reg_max + 1) = {dense_shape(head)[2]}. Both need GFL heads of equal reg_max."
             )
+        refuse_other_positions(head, theirs, wanted, type(self).__name__)
 
 
 @torch.no_grad()
