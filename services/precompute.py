@@ -83,9 +83,13 @@ def fill_all(
         fillings: dict[str, Filling] = {}
         for name in teachers:
             plans = [filling.plan for filling in fillings.values()]
-            with _kept(name, errors):
+            with _kept(name, errors, silent=True):
                 filling = Filling(recipe, name, force=force, rows=rows, others=plans)
                 fillings[name] = stack.enter_context(filling)
+        if errors and not fillings:
+            raise next(iter(errors.values()))
+        for name, error in errors.items():
+            _tell(name, error)
         if any(filling.plan.todo for filling in fillings.values()):
             cluster.connect()
         _run_together(fillings, trace, results, errors)
@@ -126,19 +130,21 @@ def _run_together(
 
 
 @contextmanager
-def _kept(name: str, errors: dict[str, BaseException]) -> Iterator[None]:
+def _kept(name: str, errors: dict[str, BaseException], *, silent: bool = False) -> Iterator[None]:
     """Keep an error of one teacher for later, and say so; in a thread also that it was told to stop."""
     try:
         yield
-    except MtpdError as error:
-        errors[name] = error
-        complain(f"teacher {name}: {error}")
     except Exception as error:  # noqa: BLE001 - raised again when the others are done
         errors[name] = error
-        complain(f"teacher {name}: {error!r}")
+        if not silent:
+            _tell(name, error)
     except KeyboardInterrupt:
         if threading.current_thread() is threading.main_thread():
             raise
+
+
+def _tell(name: str, error: BaseException) -> None:
+    complain(f"teacher {name}: {error if isinstance(error, MtpdError) else repr(error)}")
 
 
 def show_fill(result: FillResult) -> None:

@@ -105,7 +105,13 @@ class Ground:
 
     def begin(self) -> None:
         """A new head and its nodes."""
-        head = {"num_cpus": 0, "include_dashboard": False}
+        # a node that does not answer at all is noticed within a second, not in fifteen; a slow one still has ten
+        config = {
+            "health_check_initial_delay_ms": 0,
+            "health_check_period_ms": 500,
+            "health_check_failure_threshold": 2,
+        }
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": config}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.sessions.append(Path(self.cluster.head_node.get_session_dir_path()))
         self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(NODES)]

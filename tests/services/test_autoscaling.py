@@ -20,7 +20,7 @@ from services.pool import Pool
 from tests.faults import chaos
 from tests.services.test_elastic import Puppet, ended_after, outcomes
 
-ADDRESS = "127.0.0.1"
+ADDRESS, HEAD = "127.0.0.1", "ray.head.default"  # the name that the provider gives to the head
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         free.bind((ADDRESS, 0))
         port = free.getsockname()[1]
     kinds = {
-        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        HEAD: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
     }
     config = {
@@ -48,7 +48,7 @@ def scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "disable_launch_config_check": True,
         },
         "available_node_types": kinds,
-        "head_node_type": "head",
+        "head_node_type": HEAD,
         "upscaling_speed": 1.0,
         # what only a provider of machines uses, and Ray reads all the same
         **{key: {} for key in ("auth", "docker", "file_mounts")},
