@@ -102,6 +102,7 @@ def replicas() -> list[psutil.Process]:
 
 
 def test_fifty_who_ask_for_one_row_have_one_unit_computed(served: Recipe) -> None:
+    assert replicas() == []  # none before the first miss
     with ThreadPoolExecutor(50) as pool:
         answers = list(pool.map(lambda _: put(served, 7, 1), range(50)))
     assert {answer.state for answer in answers} == {"committed"}
