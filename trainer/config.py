@@ -1,6 +1,7 @@
 """mmdet configs by path or by mmengine's ``mmdet::`` notation, with errors that name the key of the recipe."""
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from mmengine.registry import init_default_scope
 from mmengine.utils import get_installed_path
 
 from cache import RecipeError
+
+# of threads that compile sources at once Python 3.11 now and then fails one: "AST constructor recursion depth mismatch"
+_one_at_a_time = threading.Lock()
 
 
 def load_config(name: str, options: Mapping[str, Any] | None, key: str) -> Config:
@@ -42,11 +46,12 @@ def load_config(name: str, options: Mapping[str, Any] | None, key: str) -> Confi
 
 def _read(name: str) -> Config:
     package, _, path = name.partition("::")
-    if not path:
-        return Config.fromfile(name)
-    # get_config finds the same file, but parses every metafile of the package first, a third of a second each time
-    shipped = Path(get_installed_path(package)) / ".mim" / "configs" / path
-    return Config.fromfile(shipped) if shipped.is_file() else get_config(name)
+    with _one_at_a_time:
+        if not path:
+            return Config.fromfile(name)
+        # get_config finds the same file, but parses every metafile of the package first, a third of a second each time
+        shipped = Path(get_installed_path(package)) / ".mim" / "configs" / path
+        return Config.fromfile(shipped) if shipped.is_file() else get_config(name)
 
 
 def nested(value: Any) -> Iterator[dict[str, Any]]:

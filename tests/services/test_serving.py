@@ -72,11 +72,14 @@ def served(data: Path, address: str, tmp_path_factory: pytest.TempPathFactory) -
     (root / "data" / "train" / f"{POISON:08d}.jpg").write_bytes(b"not an image")
     recipe = recipe_of(root / "data", root, "compute", service=address)
     with service(recipe, ["small"]):
+        question = {"teacher": "small", "group": teacher_info(recipe, "small").name}
+        assert ask(service_url(recipe), question).state == "committed"
         yield recipe
 
 
 def put(recipe: Recipe, image_id: int, view: int) -> Answer:
-    question = {"teacher": "small", "group": teacher_info(recipe, "small").name, "image_id": image_id, "view": view}
+    (group,) = Path(recipe.cache.uri).glob("small-*")
+    question = {"teacher": "small", "group": group.name, "image_id": image_id, "view": view}
     while (answer := ask(service_url(recipe), question)).state == "pending":
         pass
     return answer
@@ -99,6 +102,7 @@ def replicas() -> list[psutil.Process]:
 
 
 def test_fifty_who_ask_for_one_row_have_one_unit_computed(served: Recipe) -> None:
+    assert replicas() == []  # none before the first miss
     with ThreadPoolExecutor(50) as pool:
         answers = list(pool.map(lambda _: put(served, 7, 1), range(50)))
     assert {answer.state for answer in answers} == {"committed"}
@@ -111,11 +115,14 @@ def test_fifty_who_ask_for_one_row_have_one_unit_computed(served: Recipe) -> Non
 
 def test_a_replica_killed_at_work_costs_no_row_and_a_poison_image_is_named(served: Recipe, tmp_path: Path) -> None:
     group = Path(served.cache.uri) / teacher_info(served, "small").name
+    (replica,), before = replicas(), did(served)["asked"]
+    replica.suspend()  # until all have asked, or it would be done before it is killed
     with ThreadPoolExecutor(80) as pool:
         asked = {key: pool.submit(put, served, *key) for key in rows(served)}
-        while did(served)["units"] < 3:
+        while did(served)["asked"] < before + len(asked):
             time.sleep(0.01)
-        (replica,) = replicas()
+        replica.resume()
+        time.sleep(0.05)
         os.kill(replica.pid, signal.SIGKILL)
         answers = {key: future.result() for key, future in asked.items()}
     poisoned = {key: answer for key, answer in answers.items() if key[0] == POISON}
