@@ -3,8 +3,9 @@
 Three parts; each result goes to --json at once, and what is there is not measured again. --seconds begins nothing new after
 so many: so a long run is cut into pieces.
 
-- ``arms``: the demo's student and its trained Swin teacher, two seeds of each way, by what `mtpd precompute` and `mtpd train`
-  call, on one local Ray: wall time, teacher forwards, bytes, box AP. Two students are trained; five are arithmetic.
+- ``arms``: the demo's student and its trained Swin teacher, two seeds of each way (and of ``hybrid``), by what `mtpd
+  precompute` and `mtpd train` call, on one local Ray: wall time, teacher forwards, bytes, box AP. Two students are trained;
+  five are arithmetic.
 - ``ratios``: the same student and teachers from far cheaper to far dearer than its step, one student of each way. Their
   weights are random: what they cost is meant, AP would mean nothing and is not given.
 - ``steps``: see `benchmarks.cost_steps`.
@@ -21,6 +22,7 @@ import os
 import shutil
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,8 +39,9 @@ from services.measure import measure_job
 from services.plan import cost_record
 from services.precompute import fill, plan_teacher
 from services.present import duration, say, size, table
+from services.serving import beside_training
 from services.train import train
-from trainer import WAYS, Recipe, TargetSource, Way, generate, parse_recipe
+from trainer import WAYS, Recipe, TargetSource, generate, parse_recipe
 from trainer.config import load_config
 
 STUDENT, R18, SWIN = (f"{DEMO}/retinanet_{name}.py" for name in ("r18_w16", "r18_w20", "swin_w32"))
@@ -70,8 +73,10 @@ TRAINED = "trained Swin, w32"
 PKD = {"type": "PKDLoss", "loss_weight": 2.0}
 SCALE, VAL_IMAGES = (192, 144), 100
 TARGET_ERROR = 0.2
-# where a student's targets come from in each way that the planner knows; `cached` computes every row before
-SOURCES: dict[Way, TargetSource] = {"online": "online", "cached": "cache"}
+# where a student's targets come from. `cached` computes every row before, `hybrid` those that the student asks for, when it
+# does (`cache.on_missing: compute`), beside the student on the same machine; the planner does not know it
+SOURCES: dict[str, TargetSource] = {"online": "online", "cached": "cache", "hybrid": "cache"}
+HYBRID = "hybrid"
 
 
 def draw(root: Path, images: int) -> None:
@@ -100,29 +105,31 @@ def slug(name: str) -> str:
     return name.replace(",", "").replace(" ", "-")
 
 
-def make_recipe(root: Path, name: str, way: Way, seed: int, epochs: int) -> Recipe:
-    """One student of one teacher in one way; cached students share a cache."""
+def make_recipe(root: Path, name: str, way: str, seed: int, epochs: int) -> Recipe:
+    """One student of one teacher in one way; cached students share a cache, and so do hybrid ones."""
     data, own = root / "data", root / slug(name)
+    beside = {"actors": {"cpus": 1}, "training": {"seed": seed, "cpus": 1}} if way == HYBRID else {}
+    cache = {"uri": str(own / f"cache-{way}"), **({"on_missing": "compute"} if way == HYBRID else {})}
     content = {
         "dataset": {
             split: {"ann_file": str(data / "annotations" / f"{split}.json"), "img_dir": str(data / split)}
             for split in ("train", "val")
         },
         "views": {"scale": list(SCALE), "flip": "both"},
-        "cache": {"uri": str(own / "cache")},
+        "cache": cache,
         "teachers": {slug(name): teacher(root, name)},
         "student": {"config": STUDENT, "inherit": name == TRAINED},
         "stages": [{"teacher": slug(name), "mechanisms": [PKD], "epochs": epochs}],
         "training": {"seed": seed},
         "work_dir": str(own / f"{way}-{seed}"),
     }
-    return parse_recipe(content, "benchmark")
+    return parse_recipe(content | beside, "benchmark")
 
 
-def train_arm(recipe: Recipe, way: Way, first: bool) -> dict[str, Any]:
+def train_arm(recipe: Recipe, way: str, first: bool) -> dict[str, Any]:
     """Train one student as users do, from nothing, or from the rows that an earlier one left."""
     shutil.rmtree(recipe.work_dir, ignore_errors=True)  # an arm that was killed is measured whole
-    if first and way == "cached":
+    if first and way != "online":
         shutil.rmtree(recipe.cache.uri, ignore_errors=True)
     begin = time.perf_counter()
     forwards = written = 0
@@ -130,8 +137,13 @@ def train_arm(recipe: Recipe, way: Way, first: bool) -> dict[str, Any]:
         filled = fill(recipe, next(iter(recipe.teachers)))
         forwards, written = filled.computed, filled.written_bytes
     between = time.perf_counter()
-    (result,) = train(recipe, [1], SOURCES[way], quiet=True)
+    with beside_training(recipe) if way == HYBRID else nullcontext():
+        (result,) = train(recipe, [1], SOURCES[way], quiet=True)
     end = time.perf_counter()
+    if way == HYBRID:
+        plan = plan_teacher(recipe, next(iter(recipe.teachers)))
+        # every row that is there was computed once (tests hold the service to it); of the first student all are new
+        forwards, written = (plan.total - plan.todo, plan.stored_bytes) if first else (0, 0)
     return {
         "seconds": end - begin,
         "precompute": between - begin,
@@ -161,7 +173,7 @@ def compare(
             found["planner_seconds"] = time.perf_counter() - begin
             record(json_path, part, settings, name, found, "predictions")
         for seed in range(seeds):
-            for way in WAYS:
+            for way in SOURCES:
                 arm = f"{name} {way}-{seed}"
                 if arm in done.get("arms", {}):
                     continue
@@ -206,6 +218,11 @@ def _show_part(part: str, content: dict[str, Any]) -> None:
                         points,
                     ]
                 )
+        for students in range(1, len(hybrid := _arms_of(arms, name, HYBRID)) + 1):
+            measured = _sum(hybrid[:students])
+            points = " ".join(f"{arm['mAP']:.1f}" for arm in hybrid[:students]) if part == "arms" else ""
+            told = [measured["teacher_forwards"], "-", size(measured["written_bytes"]), points]
+            rows.append([f"{name}, {HYBRID}, {students}", f"{measured['seconds']:.1f}", "-", "-", *told])
         pays.append([name, *_pays(prediction, of_teacher, content["settings"]["epochs"])])
     columns = [
         "teacher, way, students",

@@ -112,11 +112,6 @@ def _cpus_alone(nodes: list[dict[str, float]], workers: int) -> float:
     return float(next((each for each in most if sum(count // each for count in counts) >= workers), 1))
 
 
-def share(amount: float | None, resource: str, workers: int) -> float:
-    """What each of ``workers`` gets of ``CPU`` or ``GPU``: ``amount`` if the recipe gives it, else as `demand` says."""
-    return demand(amount, None, workers).cpus if resource == "CPU" else demand(None, amount, workers).gpus
-
-
 def obstacle(wanted: Demand) -> str:
     """Why no node that is up can ever hold such a worker, for the user; empty if one can."""
     nodes = _nodes()
@@ -144,8 +139,7 @@ def _nodes() -> list[dict[str, float]]:
 
 def training_demand(recipe: Recipe) -> Demand:
     """What each training worker asks for."""
-    spec = recipe.training
-    return Demand(share(spec.cpus, "CPU", spec.workers.max), share(spec.gpus, "GPU", spec.workers.max))
+    return demand(recipe.training.cpus, recipe.training.gpus, recipe.training.max_workers)
 
 
 def actors_beside_training(recipe: Recipe) -> int:

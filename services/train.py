@@ -1,6 +1,9 @@
 """Stages under Ray Train: each worker runs an mmengine Runner that reads the cache directly."""
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -80,7 +83,8 @@ def _fit(recipe: Recipe, stage: int, targets: TargetSource, name: str) -> None:
     while True:
         before = latest_checkpoint(folder)
         try:
-            _trainer(recipe, stage, targets).fit()
+            with _own_interrupts():
+                _trainer(recipe, stage, targets).fit()
             return
         except WorkerGroupError as error:
             if (fault := _users_fault(error)) is not None:
@@ -98,20 +102,30 @@ def _fit(recipe: Recipe, stage: int, targets: TargetSource, name: str) -> None:
 
 
 def _trainer(recipe: Recipe, stage: int, targets: TargetSource) -> TorchTrainer:
-    workers, training = recipe.training.workers, recipe.training
-    cpus, gpus = (
-        cluster.share(given, kind, workers.max) for given, kind in ((training.cpus, "CPU"), (training.gpus, "GPU"))
-    )
+    workers, each = recipe.training.workers, cluster.training_demand(recipe)
     return TorchTrainer(
         _work,
         train_loop_config={"recipe": recipe, "stage": stage, "targets": targets, "log": logs.style()},
         scaling_config=ScalingConfig(
             num_workers=workers.max if workers.min == workers.max else (workers.min, workers.max),
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+            use_gpu=each.gpus > 0,
+            resources_per_worker={"CPU": each.cpus, **({"GPU": each.gpus} if each.gpus else {})},
         ),
         run_config=RunConfig(name=f"stage-{stage}", storage_path=str(stage_dir(recipe, stage) / "ray")),
     )
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Ray Train leaves its answer to Ctrl-C behind: after the training it would try to stop a controller that is gone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _users_fault(error: WorkerGroupError) -> MtpdError | None:

@@ -184,7 +184,7 @@ def checkpoint(name: str, folder: Path, seed: int = 0) -> Path:
 def teacher(name: str, folder: Path, **more: Any) -> dict[str, Any]:
     """The recipe's entry of a small teacher."""
     config, options = SMALL[name]
-    return {"config": config, "cfg_options": options, "checkpoint": str(checkpoint(name, folder)), **more}
+    return {"config": config, "cfg_options": dict(options), "checkpoint": str(checkpoint(name, folder)), **more}
 
 
 def recipe(data: Path, folder: Path, *, student: str = "retinanet-r18", **more: Any) -> dict[str, Any]:

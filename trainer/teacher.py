@@ -87,6 +87,8 @@ class Teacher:
         model = build_model(spec, name)
         load_strict(model, spec.checkpoint, f"{self._key}.checkpoint")
         self._model = model.float().to(self.device).eval().requires_grad_(False)
+        if spec.autocast is not None:
+            self._extract, self._model.extract_feat = self._model.extract_feat, self._extract_in_autocast
         self._all_levels = measure_levels(self._model, spec.capture, f"{self._key}.capture")
         self.levels = select_levels(self._all_levels, spec, self._key) if levels is None else tuple(levels)
         self._top_k = top_k
@@ -127,10 +129,7 @@ class Teacher:
         samples = [_sample(image) for image in images]
         batch = self._model.data_preprocessor(dict(inputs=list(images), data_samples=samples), False)
         inputs, samples = batch["inputs"], batch["data_samples"]
-        autocast = torch.autocast(
-            self.device.type, _DTYPES.get(self._spec.autocast or ""), enabled=self._spec.autocast is not None
-        )
-        with autocast, captured(self._model, self._spec.capture, self._key) as outputs, recorded(self._model) as made:
+        with captured(self._model, self._spec.capture, self._key) as outputs, recorded(self._model) as made:
             if detect:
                 samples = self._model.predict(inputs, samples, rescale=False)
             elif self._top_k:
@@ -153,6 +152,18 @@ class Teacher:
         return TeacherOutput(
             features, found, sizes, [{level_name(stride): d for stride, d in of_image.items()} for of_image in dense]
         )
+
+    def _extract_in_autocast(self, *arguments: Any, **options: Any) -> Any:
+        """Backbone and neck in the lower precision, and their maps in float32 to the heads.
+
+        Of a head in bfloat16 boxes come out rounded to whole pixels and more, and mmcv's operators (NMS, RoIAlign) refuse it.
+        """
+        with torch.autocast(self.device.type, _DTYPES[self._spec.autocast or ""]):
+            return _as_float(self._extract(*arguments, **options))
+
+
+def _as_float(maps: Any) -> Any:
+    return maps.float() if isinstance(maps, Tensor) else type(maps)(_as_float(one) for one in maps)
 
 
 def dense_head(model: nn.Module, key: str) -> nn.Module:

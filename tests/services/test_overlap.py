@@ -1,5 +1,6 @@
 """`mtpd run` on a real cluster of two CPUs where students wait: teachers are filled while stages train."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def test_a_precompute_that_fails_beside_training_leaves_the_trained_stage_and_is
     assert "small then swin: filled by 1 of 1 actors while the stages train" in printed.out
     assert "the precompute ended: teachers.swin" in printed.err
     assert (stage_dir(recipe, 1) / "student.pth").exists()
+    interrupts = signal.getsignal(signal.SIGINT)
     fills, stages = run_job(recipe)
+    assert signal.getsignal(signal.SIGINT) is interrupts, "Ray Train's own is left behind"
     printed = capsys.readouterr().out
     assert [result.computed for result in fills] == [0, 40]
     assert [result.stage for result in stages] == [1, 2]

@@ -107,7 +107,10 @@ def checkpoint(config: str, file: Path) -> Path:
     """Random weights for a config."""
     if not file.exists():
         torch.manual_seed(0)
-        save_thin(MODELS.build(load_config(config, {"model.backbone.init_cfg": None}, "test").model), file)
+        model = MODELS.build(load_config(config, {"model.backbone.init_cfg": None}, "test").model)
+        if hasattr(model, "level_embed"):
+            nn.init.normal_(model.level_embed)  # mmdet leaves it as the memory was
+        save_thin(model, file)
     return file
 
 

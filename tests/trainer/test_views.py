@@ -286,13 +286,15 @@ def test_schedules_of_a_set_of_cocos_size_are_the_published_ones(
     content = models.recipe(data, tmp_path)
     content["stages"][0]["epochs"] = epochs
     del content["student"]["cfg_options"]["train_dataloader.batch_size"]
+    content["training"] = {"batch_size": 16}  # eight GPUs with two images each
     recipe = parse_recipe(content, "test")
     cfg = stage_config(recipe, 1)
     fresh = models.load_config(recipe.student.config, recipe.student.cfg_options, "test")
+    fresh.train_dataloader.batch_size = cfg.train_dataloader.batch_size
     images = 117_266
     column = np.full(images, 640)
     coco = Annotations(Images(np.arange(images), column, column, [""] * images), ("a",), True)
-    _set_schedule(fresh, recipe.stages[0], coco, workers=8)
+    _set_schedule(fresh, recipe.stages[0], coco)
     warm_up, steps = fresh.param_scheduler
     assert (warm_up.type, warm_up.start_factor, warm_up.begin, warm_up.end) == ("LinearLR", 0.001, 0, 500)
     assert (steps.type, steps.milestones, steps.gamma, steps.end) == ("MultiStepLR", milestones, 0.1, epochs)
