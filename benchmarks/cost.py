@@ -173,7 +173,7 @@ def compare(
             found["planner_seconds"] = time.perf_counter() - begin
             record(json_path, part, settings, name, found, "predictions")
         for seed in range(seeds):
-            for way in SOURCES:
+            for way in SOURCES if part == "arms" else WAYS:
                 arm = f"{name} {way}-{seed}"
                 if arm in done.get("arms", {}):
                     continue
