@@ -12,18 +12,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # a test's stage takes a second: Ray Train would look every two whether it is done
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
-# in these folders tests start clusters, each as large as this machine, and kill them: one process takes them one by one
+# in these folders tests start clusters, each as large as this machine, and kill them: one process takes those of the first
+# one by one, one those of the others
 _WITH_CLUSTERS = ("tests/services/", "tests/end_to_end/", "tests/faults/")
 
 
 class Scheduler(LoadScopeScheduling):
-    """Which of the two processes takes a test: all of a file go together, and so do all that start clusters.
+    """Which of the two processes takes a test: all of a file go together, and so do those that start clusters.
 
     (xdist's own ``loadgroup`` has no effect with pytest 9.2: it renames the tests of a group.)
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "clusters" if nodeid.startswith(_WITH_CLUSTERS) else nodeid.partition("::")[0]
+        if nodeid.startswith(_WITH_CLUSTERS):
+            return "services" if nodeid.startswith(_WITH_CLUSTERS[0]) else "jobs"
+        return nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -32,7 +35,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that start clusters come first: together they take the longest."""
+    """Those that start clusters come first: they take the longest."""
     items.sort(key=lambda item: not item.nodeid.startswith(_WITH_CLUSTERS))
 
 
