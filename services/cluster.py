@@ -1,8 +1,12 @@
 """The Ray cluster that a command runs on: the one at hand, or a local one for the command's own time."""
 
 import os
+import signal
 import socket
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,3 +166,16 @@ def _placed(wanted: Demand, nodes: list[dict[str, float]]) -> bool:
             node["GPU"] = node.get("GPU", 0) - wanted.gpus
             return True
     return False
+
+
+@contextmanager
+def own_interrupts() -> Iterator[None]:
+    """Ray Train leaves its answer to Ctrl-C behind: after the training it would try to stop a controller that is gone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -111,7 +111,8 @@ def _time_workers(workers: int, of: Share) -> float | None:
     scaling = ScalingConfig(num_workers=workers, use_gpu=of.gpus > 0, resources_per_worker=resources)
     with TemporaryDirectory(prefix="mtpd-measure-") as folder:
         begin = time.perf_counter()
-        TorchTrainer(_nothing, scaling_config=scaling, run_config=RunConfig(storage_path=folder)).fit()
+        with cluster.own_interrupts():
+            TorchTrainer(_nothing, scaling_config=scaling, run_config=RunConfig(storage_path=folder)).fit()
         return time.perf_counter() - begin
 
 

@@ -1,9 +1,6 @@
 """Stages under Ray Train: each worker runs an mmengine Runner that reads the cache directly."""
 
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,7 +80,7 @@ def _fit(recipe: Recipe, stage: int, targets: TargetSource, name: str) -> None:
     while True:
         before = latest_checkpoint(folder)
         try:
-            with _own_interrupts():
+            with cluster.own_interrupts():
                 _trainer(recipe, stage, targets).fit()
             return
         except WorkerGroupError as error:
@@ -113,19 +110,6 @@ def _trainer(recipe: Recipe, stage: int, targets: TargetSource) -> TorchTrainer:
         ),
         run_config=RunConfig(name=f"stage-{stage}", storage_path=str(stage_dir(recipe, stage) / "ray")),
     )
-
-
-@contextmanager
-def _own_interrupts() -> Iterator[None]:
-    """Ray Train leaves its answer to Ctrl-C behind: after the training it would try to stop a controller that is gone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _users_fault(error: WorkerGroupError) -> MtpdError | None:

@@ -98,6 +98,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         [
             str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
             "--num-cpus=2", "--include-dashboard=true", f"--temp-dir={temporary}", "--disable-usage-stats",
+            f"--dashboard-agent-listen-port={free_port()}",  # another test's cluster may have the usual one
         ],
         env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
@@ -127,11 +128,17 @@ def _wait_until_up(address: str, head: subprocess.Popen) -> None:
 
 
 def submit(cluster: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
-    return run(
-        str(BIN / "ray"), "job", "submit", "--address", cluster["RAY_ADDRESS"], "--working-dir", ".", "--", *command,
-        env={k: v for k, v in cluster.items() if k.startswith("RAY")},
-        cwd=Path(cluster["HERE"]),
-    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while True:
+        result = run(
+            str(BIN / "ray"), "job", "submit", "--address", cluster["RAY_ADDRESS"], "--working-dir", ".", "--", *command,
+            env={k: v for k, v in cluster.items() if k.startswith("RAY")},
+            cwd=Path(cluster["HERE"]),
+        )  # fmt: skip
+        # the job server answers before the agent is there that starts jobs
+        if "No available agent to submit job" not in result.stderr or time.monotonic() > deadline:
+            return result
+        time.sleep(1)
 
 
 def test_precompute_and_train_as_submitted_jobs(data: Path, cluster: dict[str, str]) -> None:
