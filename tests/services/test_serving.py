@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -97,8 +98,11 @@ def rows(recipe: Recipe) -> list[tuple[int, int]]:
 
 
 def replicas() -> list[psutil.Process]:
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if "teacher-small" in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # one that is gone, or that an earlier cluster left as a zombie
+            found += [process] if "teacher-small" in " ".join(process.cmdline()) else []
+    return found
 
 
 def test_fifty_who_ask_for_one_row_have_one_unit_computed(served: Recipe) -> None:
