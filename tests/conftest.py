@@ -19,10 +19,7 @@ _WITH_CLUSTERS = ("tests/services/", "tests/end_to_end/", "tests/faults/")
 
 
 class Scheduler(LoadScopeScheduling):
-    """Which of the two processes takes a test: all of a file go together, and so do those that start clusters.
-
-    (xdist's own ``loadgroup`` has no effect with pytest 9.2: it renames the tests of a group.)
-    """
+    """Which of the two processes takes a test: all of a file go together, and so do those that start clusters."""
 
     def _split_scope(self, nodeid: str) -> str:
         if nodeid.startswith(_WITH_CLUSTERS):

@@ -215,7 +215,7 @@ class TeacherSpec(Spec):
         levels: which of the captured levels are stored; by default those that the recipe's mechanisms match.
         top_k: positions a level of which a dense head's outputs are stored, where a mechanism wants them.
         pool: levels stored as averages over windows, ``{P3: 2}`` for windows of 2 x 2; the student's map is averaged alike.
-        autocast: dtype of the forward pass; float32 where it is null.
+        autocast: dtype of backbone and neck; float32 where it is null. Heads are float32 always.
         batch_size: views in one forward pass.
         ap: box AP in points on the val set, for the order of teachers. By default the teacher is evaluated, which needs
             heads of the data set's classes; what is given here is believed.

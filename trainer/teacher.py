@@ -247,7 +247,8 @@ def fingerprint_record(
         "capture": list(spec.capture),
         "levels": None if chosen is None else list(chosen),
         "pool": dict(sorted(spec.pool.items())),
-        "autocast": spec.autocast,
+        # before, heads ran in it too: their outputs were others
+        "autocast": spec.autocast and f"{spec.autocast}, heads float32",
         "views": policy.to_json(),
         "precision": precision,
         **({"dense": top_k} if top_k else {}),
