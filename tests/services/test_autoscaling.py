@@ -12,6 +12,7 @@ import pytest
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.cluster_utils import Cluster
+from ray.util import get_node_ip_address
 
 from cache import Unit
 from services import cluster
@@ -20,7 +21,7 @@ from services.pool import Pool
 from tests.faults import chaos
 from tests.services.test_elastic import Puppet, ended_after, outcomes
 
-ADDRESS, HEAD = "127.0.0.1", "ray.head.default"  # the name that the provider gives to the head
+HEAD = "ray.head.default"  # the name that the provider gives to the head
 
 
 @pytest.fixture
@@ -29,8 +30,10 @@ def scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # `ray.cluster_utils.AutoscalingCluster` begins and ends with `ray stop`, which ends every Ray of the user's
     monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
     monkeypatch.setenv("AUTOSCALER_UPDATE_INTERVAL_S", "1")
+    # of 127.0.0.1 Ray would make this machine's own address, where a head that listens on loopback does not answer
+    address = get_node_ip_address()
     with socket.socket() as free:
-        free.bind((ADDRESS, 0))
+        free.bind((address, 0))
         port = free.getsockname()[1]
     kinds = {
         HEAD: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
@@ -42,7 +45,7 @@ def scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "idle_timeout_minutes": 0.05,
         "provider": {
             "type": "fake_multinode",
-            "gcs_address": f"{ADDRESS}:{port}",
+            "gcs_address": f"{address}:{port}",
             "use_node_id_as_ip": True,  # all have the same address
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -63,7 +66,7 @@ def scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         head_node_args={
             "num_cpus": 0,
             "include_dashboard": False,
-            "node_ip_address": ADDRESS,
+            "node_ip_address": address,
             "gcs_server_port": port,
             "autoscaling_config": str(tmp_path / "autoscaler.json"),
             "env_vars": {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID},

@@ -146,7 +146,8 @@ def test_a_replica_killed_at_work_costs_no_row_and_a_poison_image_is_named(serve
     for key in expected:
         for level, values in expected[key].features.items():
             assert torch.equal(cache[key].features[level], values)
-    assert len(list((group / "detections").iterdir())) == did(served)["units"]
+    # whoever is killed may leave a temporary file
+    assert len(list((group / "detections").glob("*.parquet"))) == did(served)["units"]
 
 
 def test_a_lost_shard_heals(served: Recipe) -> None:
