@@ -6,9 +6,10 @@ whoever asked. The unit is the batch: all of its rows that are missing are compu
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,7 @@ class GroupDesk:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="desk")  # one: a follower is nobody else's meanwhile
         self._closing: asyncio.Task[None] | None = None
         self._images: Images | None = None
+        self._seen: tuple[int, int] | None = None  # the annotation file, when they were read
         self._first: npt.NDArray[np.int64] | None = None
         self.counts = Counts()
 
@@ -167,6 +169,8 @@ class GroupDesk:
     async def _flight(self, key: Key) -> asyncio.Task[None] | None:
         """The computation that will commit a row, begun if it is not under way; None if there is no such row to compute.
 
+        For an image that is new in the annotation file it may be what has to end before there is another plan.
+
         Raises:
             LeaseHeldError: another run writes this group.
         """
@@ -178,6 +182,12 @@ class GroupDesk:
                 return None
             if key not in books.units:
                 unit = books.plan.unit_of(*key)
+                if unit is None and await self._in_thread(self._seen_before_change):
+                    if self._flights:  # their rows have places that another plan might give to others
+                        return asyncio.create_task(_ended(list(self._flights.values())))
+                    await self._close_books()
+                    books = await self._open_books()
+                    unit = books.plan.unit_of(*key)
                 if unit is None:
                     return None
                 books.units |= {(row.image_id, row.view): unit for row in unit.rows}
@@ -271,9 +281,10 @@ class GroupDesk:
         lease.__enter__()
         try:
             compact(self._storage, self.info)
-            if self._images is None:
-                split = self._recipe.dataset.train
-                self._images = read_annotations(split.ann_file, "dataset.train.ann_file").images
+            if self._images is None or self._seen_before_change():
+                file = self._recipe.dataset.train.ann_file
+                self._seen = _stamp(file)
+                self._images = read_annotations(file, "dataset.train.ann_file").images
                 self._first = first_epoch(self._recipe)
             self._follower.refresh()
             plan = make_plan(
@@ -293,6 +304,10 @@ class GroupDesk:
             raise
         self._committed.clear()
         return _Books(lease, plan)
+
+    def _seen_before_change(self) -> bool:
+        """Whether the annotation file was written anew since it was read: it may have new images."""
+        return _stamp(self._recipe.dataset.train.ann_file) != self._seen
 
     def _close_later(self) -> None:
         if self._closing is not None:
@@ -325,3 +340,17 @@ class GroupDesk:
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+
+def _stamp(file: str) -> tuple[int, int] | None:
+    """What changes when a file is written; None while it is not there."""
+    try:
+        status = Path(file).stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+async def _ended(flights: Sequence[asyncio.Task[None]]) -> None:
+    """Until they ended, however."""
+    await asyncio.wait(flights)

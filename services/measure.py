@@ -3,17 +3,17 @@
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import ray
 import torch
 from ray.exceptions import RayTaskError
-from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from cache import MtpdError, Plan
 from services import cluster
+from services.train import fit_stage
 from trainer import (
     Job,
     Measured,
@@ -24,7 +24,9 @@ from trainer import (
     TeacherCost,
     TeacherSeconds,
     measure,
+    open_stage,
     read_annotations,
+    shortest_trial,
 )
 
 
@@ -76,15 +78,14 @@ def measure_job(recipe: Recipe, plans: Sequence[Plan], rounds: int = 3) -> Job:
             raise error.cause from None
         raise
     process = max(0.0, up - begin)
-    workers_start = _time_workers(workers, student) or process
     timed = measured.teachers
-    return Job(
+    job = Job(
         images=round(_images(recipe.dataset.train, "train") * measured.kept),
         val_images=_images(recipe.dataset.val, "val"),
         student=at[1],
         teacher=at[0],
         evaluate=measured.evaluate,
-        start=workers_start + measured.start,
+        start=process + measured.start,
         actor_start=process,
         teachers={plan.info.teacher: _teacher_cost(plan, timed[plan.info.teacher]) for plan in plans},
         stages=tuple(
@@ -98,26 +99,28 @@ def measure_job(recipe: Recipe, plans: Sequence[Plan], rounds: int = 3) -> Job:
         actors=actors,
         decoders=teacher.lanes,
     )
+    shortest = _time_shortest(recipe)
+    if shortest is None:
+        return job
+    seconds, evaluated = shortest
+    step = measured.batch_size * workers * job.pace(job.stages[0].plain)
+    return replace(job, start=max(0.0, seconds - step - evaluated * job.pace(job.evaluate)))
 
 
-def _time_workers(workers: int, of: Share) -> float | None:
-    """Seconds that Ray Train takes to start a stage's workers and to end them, of a run in which they do nothing.
+def _time_shortest(recipe: Recipe) -> tuple[float, int] | None:
+    """Seconds of a stage of one step and one evaluation, as `train` runs it, and the images of that evaluation.
 
-    None where the cluster has several nodes: all of them would have to see the temporary folder that the run wants.
+    None where the cluster has several nodes: all of them would have to see the temporary folder.
     """
     if len(ray.nodes()) > 1:
         return None
-    resources = {"CPU": of.cpus, **({"GPU": of.gpus} if of.gpus else {})}
-    scaling = ScalingConfig(num_workers=workers, use_gpu=of.gpus > 0, resources_per_worker=resources)
     with TemporaryDirectory(prefix="mtpd-measure-") as folder:
+        short, evaluated = shortest_trial(recipe, Path(folder))
         begin = time.perf_counter()
-        with cluster.own_interrupts():
-            TorchTrainer(_nothing, scaling_config=scaling, run_config=RunConfig(storage_path=folder)).fit()
-        return time.perf_counter() - begin
-
-
-def _nothing() -> None:
-    """A stage's work without the stage: that this module is imported takes as long as that of a worker's."""
+        open_stage(short, 1)
+        fit_stage(short, 1, "cache", "the stage of one step that is measured")
+        open_stage(short, 1)
+        return time.perf_counter() - begin, evaluated
 
 
 def _teacher_cost(plan: Plan, of: TeacherSeconds) -> TeacherCost:

@@ -57,7 +57,7 @@ def _train_stage(recipe: Recipe, stage: int, targets: TargetSource, quiet: bool)
     for info in cached:
         record_use(recipe, info)
     cluster.connect(quiet=quiet)
-    _fit(recipe, stage, targets, name)
+    fit_stage(recipe, stage, targets, name)
     _, result = open_stage(recipe, stage, targets)
     if result is None:
         raise MtpdError(
@@ -70,11 +70,17 @@ def _train_stage(recipe: Recipe, stage: int, targets: TargetSource, quiet: bool)
     return result
 
 
-def _fit(recipe: Recipe, stage: int, targets: TargetSource, name: str) -> None:
-    """Train a stage; after a worker or its node died, the rest of it.
+def fit_stage(recipe: Recipe, stage: int, targets: TargetSource, name: str) -> None:
+    """Train a stage on the cluster that is connected; after a worker or its node died, the rest of it.
 
     Ray Train's own retries would try again what the user has to mend, and count failures over the whole stage, where here those
     count that come one after the other without a new checkpoint.
+
+    Args:
+        name: of the stage, for errors.
+
+    Raises:
+        MtpdError: see `train`.
     """
     folder, most, fruitless = stage_dir(recipe, stage), recipe.training.max_failures, 0
     while True:

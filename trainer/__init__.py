@@ -66,6 +66,7 @@ from trainer.step import AutocastOptimWrapper, DistributedDistiller
 from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
 from trainer.teacher import Teacher, TeacherOutput, describe, fingerprint_record, head_file
 from trainer.transforms import ApplyView, LoadTeacherTargets
+from trainer.trial import shortest_trial
 
 __all__ = [
     "CLASSES",
@@ -156,6 +157,7 @@ __all__ = [
     "service_name",
     "service_url",
     "share",
+    "shortest_trial",
     "spend",
     "stage_config",
     "stage_dir",

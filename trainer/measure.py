@@ -4,7 +4,6 @@ All of it happens in a temporary folder, on a part of the data set: images drawn
 training meets them. The student's weights are random, for its config may download some; the teachers have their own.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,13 +37,12 @@ from trainer.compute import UnitComputer
 from trainer.cost import Place, Step
 from trainer.groups import teacher_info
 from trainer.recipe import Recipe
-from trainer.specs import CacheSpec, SplitSpec, StageSpec
+from trainer.specs import StageSpec
 from trainer.stage_config import stage_config
 from trainer.teacher import Teacher, head_file
 from trainer.transforms import LoadTeacherTargets
+from trainer.trial import draw_trial
 
-# images of the part: enough to fill batches of every common shape, few enough to be read at once
-_PART = 256
 _WRITES = 3
 
 
@@ -104,7 +102,7 @@ def measure(recipe: Recipe, teacher: Place, student: Place, rounds: int = 3) -> 
     threads = torch.get_num_threads(), cv2.getNumThreads()
     try:
         with TemporaryDirectory(prefix="mtpd-measure-") as folder:
-            trial, drawn = _trial(recipe, Path(folder))
+            trial, drawn = draw_trial(recipe, Path(folder))
             batches = _TrainingBatches(trial, rounds + 1)
             names = dict.fromkeys(name for stage in trial.stages for name in stage.teachers)
             torch.set_num_threads(teacher.threads)
@@ -118,36 +116,6 @@ def measure(recipe: Recipe, teacher: Place, student: Place, rounds: int = 3) -> 
     finally:
         torch.set_num_threads(threads[0])
         cv2.setNumThreads(threads[1])
-
-
-def _trial(recipe: Recipe, folder: Path) -> tuple[Recipe, int]:
-    """The recipe on a part of its data, everything that it writes in a folder; and the images of that part."""
-    dataset, drawn = {}, {}
-    for name in ("train", "val"):
-        split: SplitSpec = getattr(recipe.dataset, name)
-        read_annotations(split.ann_file, f"dataset.{name}.ann_file")  # a file that is none is refused there
-        content = json.loads(Path(split.ann_file).read_bytes())
-        images = content["images"]
-        chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:_PART])
-        content["images"] = [images[number] for number in chosen]
-        ids = {image["id"] for image in content["images"]}
-        content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in ids]
-        file = folder / f"{name}.json"
-        file.write_text(json.dumps(content))
-        dataset[name] = split.model_copy(update={"ann_file": str(file)})
-        drawn[name] = len(ids)
-    # all that decides what a row is; a local folder, and what is done about damage, is left out
-    given = recipe.cache
-    cache = CacheSpec(
-        uri=str(folder / "cache"), precision=given.precision, compression=given.compression, unit_rows=given.unit_rows
-    )
-    changed = {
-        "dataset": recipe.dataset.model_copy(update=dataset),
-        "cache": cache,
-        "student": recipe.student.model_copy(update={"checkpoint": None, "inherit": False}),
-        "work_dir": str(folder / "work"),
-    }
-    return recipe.model_copy(update=changed), drawn["train"]
 
 
 class _TrainingBatches:

@@ -173,6 +173,25 @@ def test_a_lost_shard_heals(served: Recipe) -> None:
     assert 0 < did(served)["computed"] - computed <= 4
 
 
+def test_images_that_are_new_in_the_annotation_file_are_computed(served: Recipe) -> None:
+    assert put(served, 500, 0).state == "refused"
+    file, folder = Path(served.dataset.train.ann_file), Path(served.dataset.train.img_dir)
+    content = json.loads(file.read_text())
+    like = next(image for image in content["images"] if image["id"] == 7)
+    # before all others, so that a plan that counted anew would give their places away
+    content["images"].insert(0, {**like, "id": 500, "file_name": "500.jpg"})
+    shutil.copy(folder / like["file_name"], folder / "500.jpg")
+    file.write_text(json.dumps(content))
+    computed = did(served)["computed"]
+    assert {put(served, 500, view).state for view in (0, 1)} == {"committed"}
+    assert did(served)["computed"] == computed + 2
+    cache = TeacherCache.open(served.cache.uri, "small")
+    for view in (0, 1):
+        for level, values in cache[7, view].features.items():
+            assert torch.equal(cache[500, view].features[level], values)
+    assert not verify(LocalStorage(Path(served.cache.uri)), cache.info).damages
+
+
 def test_a_wrong_question_is_refused(served: Recipe) -> None:
     assert "no image 999 with a view 0" in put(served, 999, 0).reason
     assert "no image 7 with a view 2" in put(served, 7, 2).reason

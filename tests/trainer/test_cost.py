@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,8 +19,10 @@ from trainer import (
     cheapest,
     measure,
     parse_recipe,
+    shortest_trial,
     spend,
     total,
+    train_stage,
 )
 
 CPU = Place("cpu", cores=1, threads=1)
@@ -122,3 +125,18 @@ def test_the_parts_of_a_recipe_are_timed_beside_it_and_nothing_is_written(data: 
     assert 16 * 36 + 64 <= last.read_bytes <= 16 * 48 + 64
     assert both.read_bytes > 2 * last.read_bytes
     assert both.online.compute > both.plain.compute + both.cached.load
+
+
+def test_the_shortest_stage_is_one_step_that_downloads_nothing(data: Path, tmp_path: Path) -> None:
+    content = models.recipe(data, tmp_path)
+    options = content["student"]["cfg_options"]
+    options["model.backbone.init_cfg"] = {"type": "Pretrained", "checkpoint": "torchvision://nowhere"}
+    content["training"] = {"batch_size": 3}
+    recipe, before = parse_recipe(content, "test"), set(tmp_path.iterdir())
+    with TemporaryDirectory() as folder:
+        short, evaluated = shortest_trial(recipe, Path(folder))
+        result = train_stage(short, 1)
+        assert evaluated == 6
+        assert (result.images, result.teacher_forwards) == (3, 0)
+        assert result.student.startswith(folder)
+    assert set(tmp_path.iterdir()) == before
