@@ -3,7 +3,7 @@
 Three parts; each result goes to --json at once, and what is there is not measured again. --seconds begins nothing new after
 so many: so a long run is cut into pieces.
 
-- ``arms``: the demo's student and its trained Swin teacher, two seeds of each way (and of ``hybrid``), by what `mtpd
+- ``arms``: the demo's student and its trained Swin teacher, two seeds of each way, by what `mtpd
   precompute` and `mtpd train` call, on one local Ray: wall time, teacher forwards, bytes, box AP. Two students are trained;
   five are arithmetic.
 - ``ratios``: the same student and teachers from far cheaper to far dearer than its step, one student of each way. Their
@@ -22,6 +22,7 @@ import os
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +42,7 @@ from services.precompute import fill, plan_teacher
 from services.present import duration, say, size, table
 from services.serving import beside_training
 from services.train import train
-from trainer import WAYS, Recipe, TargetSource, generate, parse_recipe
+from trainer import WAYS, Recipe, TargetSource, Way, generate, parse_recipe
 from trainer.config import load_config
 
 STUDENT, R18, SWIN = (f"{DEMO}/retinanet_{name}.py" for name in ("r18_w16", "r18_w20", "swin_w32"))
@@ -74,9 +75,10 @@ PKD = {"type": "PKDLoss", "loss_weight": 2.0}
 SCALE, VAL_IMAGES = (192, 144), 100
 TARGET_ERROR = 0.2
 # where a student's targets come from. `cached` computes every row before, `hybrid` those that the student asks for, when it
-# does (`cache.on_missing: compute`), beside the student on the same machine; the planner does not know it
-SOURCES: dict[str, TargetSource] = {"online": "online", "cached": "cache", "hybrid": "cache"}
-HYBRID = "hybrid"
+# does (`cache.on_missing: compute`), beside the student on the same machine
+SOURCES: dict[Way, TargetSource] = {"online": "online", "cached": "cache", "hybrid": "cache"}
+HYBRID: Way = "hybrid"
+COMPARED: dict[str, tuple[Way, ...]] = {"arms": WAYS, "ratios": ("online", "cached")}
 
 
 def draw(root: Path, images: int) -> None:
@@ -155,6 +157,23 @@ def train_arm(recipe: Recipe, way: str, first: bool) -> dict[str, Any]:
     }
 
 
+def predict(root: Path, name: str, epochs: int, ways: Sequence[Way]) -> dict[str, Any]:
+    """What the planner says of a recipe on an empty cache; of ``hybrid`` that of its own recipe, with its shares."""
+    found: dict[str, Any] = {}
+    for way in ("cached", *({HYBRID} & set(ways))):
+        recipe = make_recipe(root, name, way, 0, epochs)
+        shutil.rmtree(recipe.cache.uri, ignore_errors=True)
+        begin = time.perf_counter()
+        said = cost_record(measure_job(recipe, [plan_teacher(recipe, slug(name))]))
+        said["planner_seconds"] = time.perf_counter() - begin
+        if way == HYBRID:
+            found[HYBRID] = said
+            found["predicted"][HYBRID] = said["predicted"][HYBRID]
+        else:
+            found = said
+    return found
+
+
 def compare(
     json_path: Path, part: str, root: Path, names: list[str], seeds: int, settings: dict[str, int], deadline: float
 ) -> None:
@@ -165,15 +184,11 @@ def compare(
         if name not in done.get("predictions", {}):
             if time.monotonic() > deadline:
                 return
-            recipe = make_recipe(root, name, "cached", 0, settings["epochs"])
-            shutil.rmtree(recipe.cache.uri, ignore_errors=True)
             say(f"{part}: {name}: measuring what the planner asks for")
-            begin = time.perf_counter()
-            found = cost_record(measure_job(recipe, [plan_teacher(recipe, slug(name))]))
-            found["planner_seconds"] = time.perf_counter() - begin
+            found = predict(root, name, settings["epochs"], COMPARED[part])
             record(json_path, part, settings, name, found, "predictions")
         for seed in range(seeds):
-            for way in SOURCES if part == "arms" else WAYS:
+            for way in COMPARED[part]:
                 arm = f"{name} {way}-{seed}"
                 if arm in done.get("arms", {}):
                     continue
@@ -196,7 +211,7 @@ def summarise(json_path: Path) -> None:
 def _show_part(part: str, content: dict[str, Any]) -> None:
     arms, rows, pays, errors = content["arms"], [], [], []
     for name, prediction in content.get("predictions", {}).items():
-        of_teacher = {way: _arms_of(arms, name, way) for way in WAYS}
+        of_teacher = {way: _arms_of(arms, name, way) for way in COMPARED[part]}
         if not all(of_teacher.values()):
             continue
         for way, trained in of_teacher.items():
@@ -218,11 +233,6 @@ def _show_part(part: str, content: dict[str, Any]) -> None:
                         points,
                     ]
                 )
-        for students in range(1, len(hybrid := _arms_of(arms, name, HYBRID)) + 1):
-            measured = _sum(hybrid[:students])
-            points = " ".join(f"{arm['mAP']:.1f}" for arm in hybrid[:students]) if part == "arms" else ""
-            told = [measured["teacher_forwards"], "-", size(measured["written_bytes"]), points]
-            rows.append([f"{name}, {HYBRID}, {students}", f"{measured['seconds']:.1f}", "-", "-", *told])
         pays.append([name, *_pays(prediction, of_teacher, content["settings"]["epochs"])])
     columns = [
         "teacher, way, students",

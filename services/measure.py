@@ -13,6 +13,8 @@ from ray.exceptions import RayTaskError
 
 from cache import MtpdError, Plan
 from services import cluster
+from services.precompute import used_teachers
+from services.serving import service, starts_here
 from services.train import fit_stage
 from trainer import (
     Job,
@@ -99,6 +101,7 @@ def measure_job(recipe: Recipe, plans: Sequence[Plan], rounds: int = 3) -> Job:
         actors=actors,
         decoders=teacher.lanes,
     )
+    job = replace(job, service=_time_service(recipe))
     shortest = _time_shortest(recipe)
     if shortest is None:
         return job
@@ -121,6 +124,18 @@ def _time_shortest(recipe: Recipe) -> tuple[float, int] | None:
         fit_stage(short, 1, "cache", "the stage of one step that is measured")
         open_stage(short, 1)
         return time.perf_counter() - begin, evaluated
+
+
+def _time_service(recipe: Recipe) -> float | None:
+    """Seconds to start the teacher service and to end it, when nobody asks it; None where training starts none."""
+    if recipe.cache.on_missing != "compute" or not starts_here(recipe) or len(ray.nodes()) > 1:
+        return None
+    with TemporaryDirectory(prefix="mtpd-measure-") as folder:
+        short = shortest_trial(recipe, Path(folder))[0].model_copy(update={"stages": recipe.stages})
+        begin = time.perf_counter()
+        with service(short, used_teachers(recipe), quiet=True):
+            pass
+        return time.perf_counter() - begin
 
 
 def _teacher_cost(plan: Plan, of: TeacherSeconds) -> TeacherCost:

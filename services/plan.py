@@ -7,7 +7,6 @@ from typing import Any
 from cache import Plan, Policy, SampledPolicy
 from services.present import duration, say, size, table
 from trainer import (
-    WAYS,
     Job,
     Place,
     Spending,
@@ -49,7 +48,9 @@ def cost_record(job: Job) -> dict[str, Any]:
         }
         for stage in job.stages
     ]
-    predicted = {way: {str(students): _predicted(spend(job, way, students)) for students in _STUDENTS} for way in WAYS}
+    predicted = {
+        way: {str(students): _predicted(spend(job, way, students)) for students in _STUDENTS} for way in job.ways
+    }
     return {
         "measured": asdict(job),
         "stages": stages,
@@ -71,9 +72,9 @@ def read_rate(job: Job, stage: StageCost) -> float:
 
 def verdict(job: Job) -> list[str]:
     """Whether caching beats running the teachers online here, in sentences."""
-    seconds = {way: total(spend(job, way)).seconds for way in WAYS}
+    seconds = {way: total(spend(job, way)).seconds for way in job.ways}
     least = cheapest(job)
-    others = ", ".join(f"{way} {duration(seconds[way])}" for way in WAYS if way != least)
+    others = ", ".join(f"{way} {duration(seconds[way])}" for way in job.ways if way != least)
     lines = [f"for one student {least} is cheapest here: {duration(seconds[least])} ({others})"]
     students = break_even_students(job)
     if students is None:
@@ -169,7 +170,7 @@ def _show_cost(job: Job) -> None:
     table(f"measured: {where}", ["", "", "ms", "of the plain step"], parts)
     rows = []
     for students in _STUDENTS:
-        for way in WAYS:
+        for way in job.ways:
             of_all = total(spend(job, way, students))
             mark = " <" if way == cheapest(job, students) else ""
             forwards, written = f"{of_all.teacher_forwards:,}", size(of_all.written_bytes)
@@ -177,15 +178,15 @@ def _show_cost(job: Job) -> None:
                 [f"{students}, {way}", f"{duration(of_all.seconds)}{mark}", forwards, written, size(of_all.read_bytes)]
             )
     table("predicted, by students", ["students", "wall time", "teacher forwards", "written", "read"], rows)
-    spent = {way: spend(job, way) for way in WAYS}
+    spent = {way: spend(job, way) for way in job.ways}
     rows = []
     for number, stage in enumerate(job.stages):
-        times = [duration(spent[way][number].seconds) for way in WAYS]
+        times = [duration(spent[way][number].seconds) for way in job.ways]
         epochs = break_even_epochs(job, stage)
         pays = "" if not stage.teachers else "never" if epochs is None else f"epoch {epochs}"
         rate = f"{size(read_rate(job, stage))}/s" if stage.teachers else ""
         rows.append([f"{number + 1}: {' + '.join(stage.teachers) or 'no teacher'}", stage.epochs, *times, pays, rate])
-    columns = ["stage", "epochs", *WAYS, "cached beats online from", "training reads"]
+    columns = ["stage", "epochs", *job.ways, "cached beats online from", "training reads"]
     table("predicted, by stage, one student", columns, rows)
     for line in verdict(job):
         say(line)

@@ -93,13 +93,19 @@ class Desk:
 
 @contextmanager
 def service(
-    recipe: Recipe, teachers: Sequence[str], host: str = "127.0.0.1", replicas: int | None = None
+    recipe: Recipe,
+    teachers: Sequence[str],
+    host: str = "127.0.0.1",
+    replicas: int | None = None,
+    *,
+    quiet: bool = False,
 ) -> Iterator[None]:
     """The service of a recipe, as long as the context is open.
 
     Args:
         host: address to listen on; the port is that of ``cache.service``.
         replicas: of each teacher at most; ``actors.max`` by default.
+        quiet: do not say where it listens.
 
     Raises:
         RecipeError: it cannot listen there.
@@ -111,11 +117,11 @@ def service(
         record_use(recipe, info)
     cluster.connect()
     name, port = service_name(recipe), urlsplit(recipe.cache.service).port
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    app = Desk.bind(recipe, infos, *(_replica(recipe, info, replicas or recipe.actors.max, quiet) for info in infos))
+    logging = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    app = Desk.bind(recipe, infos, *(_replica(recipe, info, replicas or recipe.actors.max, logging) for info in infos))
     try:
-        serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
-        desk = serve.run(app, name=name, route_prefix=f"/{name}", logging_config=quiet)
+        serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logging)
+        desk = serve.run(app, name=name, route_prefix=f"/{name}", logging_config=logging)
     except (RuntimeError, OSError, ValueError) as error:
         raise RecipeError(
             f"cache.service: cannot serve at {host}:{port}: {str(error).strip().splitlines()[-1]}"
@@ -126,7 +132,8 @@ def service(
                 f"cache.service: Ray Serve runs on this cluster already, and does not listen at {host}:{port}. Give the address "
                 "that it listens at, or end it (`serve shutdown`)."
             )
-        say(f"teacher service of {', '.join(teachers)}: {service_url(recipe)}")
+        if not quiet:
+            say(f"teacher service of {', '.join(teachers)}: {service_url(recipe)}")
         yield
     finally:
         desk.close.remote().result(timeout_s=600)
@@ -137,7 +144,7 @@ def service(
 
 @contextmanager
 def beside_training(recipe: Recipe) -> Iterator[None]:
-    """The service that a recipe's students ask, if they do and if it does not run already.
+    """The service that a recipe's students ask, if rows are missing and if it does not run already.
 
     Raises:
         RecipeError: the service is elsewhere and does not answer, or the cluster has no room for a teacher beside the training
@@ -146,7 +153,11 @@ def beside_training(recipe: Recipe) -> Iterator[None]:
     if recipe.cache.on_missing != "compute" or not used_teachers(recipe) or counts(service_url(recipe)) is not None:
         yield
         return
-    if urlsplit(recipe.cache.service).hostname not in ("127.0.0.1", "localhost"):
+    if not any(plan_teacher(recipe, name).todo for name in used_teachers(recipe)):
+        say("every row is in the cache: no teacher service")
+        yield
+        return
+    if not starts_here(recipe):
         raise RecipeError(
             f"cache.service: nothing answers at {service_url(recipe)}. Run `mtpd serve RECIPE` there, or leave cache.service "
             "out: training then starts the service on its own cluster."
@@ -154,16 +165,17 @@ def beside_training(recipe: Recipe) -> Iterator[None]:
     cluster.connect()
     replicas = cluster.actors_beside_training(recipe)
     if not replicas:
-        if any(plan_teacher(recipe, name).todo for name in used_teachers(recipe)):
-            raise RecipeError(
-                "cache.on_missing: compute: rows are missing, and the cluster has no room for a teacher beside the training. "
-                "Give actors.cpus, actors.gpus, training.cpus, training.gpus that leave room for both, or run `mtpd precompute`."
-            )
-        say("every row is in the cache, and the cluster has no room for a teacher beside the training: no service")
-        yield
-        return
+        raise RecipeError(
+            "cache.on_missing: compute: rows are missing, and the cluster has no room for a teacher beside the training. "
+            "Give actors.cpus, actors.gpus, training.cpus, training.gpus that leave room for both, or run `mtpd precompute`."
+        )
     with service(recipe, used_teachers(recipe), replicas=replicas):
         yield
+
+
+def starts_here(recipe: Recipe) -> bool:
+    """Whether training starts the service itself where none answers: not at an address elsewhere."""
+    return urlsplit(recipe.cache.service).hostname in ("127.0.0.1", "localhost")
 
 
 def until_stopped() -> None:

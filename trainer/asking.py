@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.error import HTTPError
 
-from cache import MissingRowsError, TeacherCache, fingerprint, group_name
+from cache import MissingRowsError, StaleCacheError, TeacherCache, fingerprint, group_name
 from trainer.recipe import Recipe
 
 # how long a service may be silent: it may be starting, or starting again after it was killed
@@ -86,15 +86,21 @@ def counts(url: str) -> dict[str, dict[str, Any]] | None:
     return found if isinstance(found, dict) else None
 
 
-def await_group(url: str, teacher: str, record: dict[str, Any]) -> None:
-    """Have the service prepare a teacher's group, so that it can be opened.
+def await_group(uri: str, url: str, teacher: str, record: dict[str, Any]) -> None:
+    """Have the service prepare a teacher's group, so that it can be opened. Where it can be already, nobody is asked.
 
     Args:
         record: the fingerprint record of the targets that are wanted.
 
     Raises:
         MissingRowsError: the service does not answer, or cannot.
+        CorruptShardError, StorageError: see `TeacherCache.open`.
     """
+    try:
+        TeacherCache.open(uri, teacher, fingerprint=record)
+        return
+    except (MissingRowsError, StaleCacheError):
+        pass
     question = {"teacher": teacher, "group": group_name(teacher, fingerprint(record))}
     while (answer := ask(url, question)).state == "pending":
         pass

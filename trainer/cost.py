@@ -1,15 +1,17 @@
-"""What it costs to give students their targets, in each of two ways, from seconds that were measured. Arithmetic only; ours.
+"""What it costs to give students their targets, in each of three ways, from seconds that were measured. Arithmetic only; ours.
 
 ``online``: the teachers run beside the student in every step. ``cached``: every row is computed once, before, and read from then
-on. Nothing runs beside something else here but what `Place.overlapped` says.
+on. ``hybrid``: every row is computed once, when the first student asks the teacher service for it. Nothing runs beside something
+else here but what `Place.overlapped` says, and in ``hybrid`` the teachers beside the first epoch, where there are loading
+processes that ask ahead.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-Way = Literal["online", "cached"]
+Way = Literal["online", "cached", "hybrid"]
 WAYS: tuple[Way, ...] = get_args(Way)
 
 
@@ -113,6 +115,7 @@ class Job:
         workers, loaders: data-parallel workers, and loading processes of each (0: the worker itself).
         actors: teacher actors of a precompute; ``decoders`` threads decode in each.
         actor_start: until an actor's process is up.
+        service: until the teacher service answers, and to end it; None where the recipe has none, and so no ``hybrid``.
     """
 
     images: int
@@ -128,6 +131,12 @@ class Job:
     loaders: int = 0
     actors: int = 1
     decoders: int = 1
+    service: float | None = None
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """Those that the recipe knows."""
+        return tuple(way for way in WAYS if way != "hybrid" or self.service is not None)
 
     def pace(self, step: Step) -> float:
         """Wall seconds an image of a training that goes on, of all workers."""
@@ -140,6 +149,19 @@ class Job:
             return 0.0
         row = self.teacher.overlapped(of.compute, of.decode + of.write, self.decoders)
         return self.actor_start + of.start + of.todo * row / self.actors
+
+    def waiting(self, name: str, stage: StageCost) -> float:
+        """Wall seconds that the first student of a stage waits for a teacher's rows when it asks the service for them.
+
+        A unit has all views of most of its images, so that the first epoch asks for every unit, one after the other.
+        """
+        of = self.teachers[name]
+        if of.todo == 0:
+            return 0.0
+        rows = of.todo * (of.decode + of.compute + of.write)
+        if self.loaders:
+            rows = max(0.0, rows - self.images * self.pace(stage.cached))
+        return self.actor_start + of.start + rows
 
     def training(self, stage: StageCost, step: Step) -> float:
         """Wall seconds of one student's stage with such steps."""
@@ -172,8 +194,14 @@ class Spending:
 def spend(job: Job, way: Way, students: int = 1) -> tuple[Spending, ...]:
     """What each stage costs when so many students, each with its own seed, are trained one after the other.
 
-    A teacher's rows are paid for by the first stage that names it; those that are committed are not paid for.
+    A teacher's rows are paid for by the first stage that names it; those that are committed are not paid for. Neither is a
+    service for a student that misses none.
+
+    Raises:
+        ValueError: the job has no such way.
     """
+    if way not in job.ways:
+        raise ValueError(f"no {way} targets in this job")
     paid: set[str] = set()
     spent = []
     for stage in job.stages:
@@ -185,13 +213,18 @@ def spend(job: Job, way: Way, students: int = 1) -> tuple[Spending, ...]:
             if way == "online":
                 forwards += looks
                 training += students * of.start
-            elif way == "cached" and name not in paid:
-                precompute += job.precompute(name)
+            elif name not in paid:
+                if way == "cached":
+                    precompute += job.precompute(name)
+                else:
+                    training += job.waiting(name, stage)
                 forwards += of.todo
                 written += of.todo * of.row_bytes
             paid.add(name)
         read = 0.0 if way == "online" else looks * stage.read_bytes
         spent.append(Spending(precompute, training, forwards, written, read))
+    if way == "hybrid" and any(job.teachers[name].todo for name in paid):
+        spent[0] = replace(spent[0], training=spent[0].training + (job.service or 0.0))
     return tuple(spent)
 
 
@@ -208,7 +241,7 @@ def total(spent: Sequence[Spending]) -> Spending:
 
 def cheapest(job: Job, students: int = 1) -> Way:
     """The way with the least wall time; where two take the same, the one that stores less."""
-    return min(WAYS, key=lambda way: total(spend(job, way, students)).seconds)
+    return min(job.ways, key=lambda way: total(spend(job, way, students)).seconds)
 
 
 def break_even_epochs(job: Job, stage: StageCost) -> int | None:

@@ -89,7 +89,7 @@ def train_stage(
         if recipe.cache.on_missing == "wait":
             await_first_row(load["uri"], load["teacher"], load["fingerprint"], partial(print_log, logger="current"))
         elif recipe.cache.on_missing == "compute":
-            await_group(load["service"], load["teacher"], load["fingerprint"])
+            await_group(load["uri"], load["service"], load["teacher"], load["fingerprint"])
     folder = stage_dir(recipe, stage)
     folder.mkdir(parents=True, exist_ok=True)
     if get_rank() == 0:

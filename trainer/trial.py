@@ -75,10 +75,14 @@ def _part(
         file.write_text(json.dumps(content))
         dataset[name] = split.model_copy(update={"ann_file": str(file)})
         chosen[name] = len(ids)
-    # all that decides what a row is; a local folder, and what is done about damage, is left out
+    # all that decides what a row is, and where a service listens; a local folder, and what is done about damage, is left out
     given = recipe.cache
     cache = CacheSpec(
-        uri=str(folder / "cache"), precision=given.precision, compression=given.compression, unit_rows=given.unit_rows
+        uri=str(folder / "cache"),
+        precision=given.precision,
+        compression=given.compression,
+        unit_rows=given.unit_rows,
+        service=given.service,
     )
     changed = {
         "dataset": recipe.dataset.model_copy(update=dataset),

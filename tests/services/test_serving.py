@@ -30,7 +30,7 @@ from services.serving import beside_training, service
 from services.train import train
 from tests import models
 from tests.trainer import precompute
-from trainer import Answer, Recipe, RowAsker, ask, counts, parse_recipe, service_url, teacher_info
+from trainer import Answer, Recipe, RowAsker, ask, counts, parse_recipe, service_url, teacher_info, train_stage
 
 POISON = 4  # image whose file is no image
 
@@ -63,6 +63,15 @@ def test_training_from_an_empty_cache_has_its_rows_computed(data: Path, address:
         train(recipe, [1], quiet=True)
     read = len(TeacherCache.open(recipe.cache.uri, "small"))
     assert 16 < read < 40  # the units of the rows that one epoch reads, and no others
+
+
+def test_training_from_a_full_cache_starts_and_asks_no_service(data: Path, address: str, tmp_path: Path) -> None:
+    recipe = recipe_of(data, tmp_path, "compute", service=address)
+    for name in recipe.teachers:
+        precompute.fill(recipe, name)
+    with beside_training(recipe):
+        assert counts(service_url(recipe)) is None
+        assert train_stage(recipe, 1).teacher_forwards == 0
 
 
 @pytest.fixture(scope="module")

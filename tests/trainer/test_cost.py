@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,6 +91,25 @@ def test_rows_that_are_there_and_teachers_that_come_again_are_paid_for_once() ->
     assert break_even_students(there) == break_even_epochs(there, there.stages[0]) == 1
     assert cheapest(job(epochs=2, look=4.0, write=0.5, read=0.25)) == "online"
     assert cheapest(job(epochs=3, look=4.0, write=0.5, read=0.25)) == "cached"
+
+
+def test_hybrid_waits_for_every_row_once_but_for_what_loaders_ask_ahead() -> None:
+    cached = job(epochs=3, look=0.25, write=0.125, read=0.0625, start=2)
+    assert cached.ways == ("online", "cached")
+    with pytest.raises(ValueError, match="hybrid"):
+        spend(cached, "hybrid")
+    one = replace(cached, service=7.0)
+    assert one.ways == ("online", "cached", "hybrid")
+    trained = 3 * 100 * 1.0625
+    first, both = (total(spend(one, "hybrid", students)) for students in (1, 2))
+    assert first.seconds == 7 + (2 + 200 * 0.375) + trained
+    assert both.seconds - first.seconds == trained  # the second misses nothing
+    assert (first.teacher_forwards, both.teacher_forwards, both.written_bytes) == (200, 200, 2000)
+    # a process that asks ahead hides them behind the first epoch, which takes longer
+    ahead = total(spend(replace(one, loaders=1), "hybrid"))
+    assert ahead.seconds == 7 + 2 + total(spend(replace(one, loaders=1), "cached")).training
+    there = replace(one, teachers={"t": replace(one.teachers["t"], todo=0)})
+    assert total(spend(there, "hybrid")) == total(spend(there, "cached"))
 
 
 def test_what_overlaps_takes_as_long_as_its_slowest_part() -> None:
