@@ -1,9 +1,9 @@
 """What it costs to give students their targets, in each of three ways, from seconds that were measured. Arithmetic only; ours.
 
 ``online``: the teachers run beside the student in every step. ``cached``: every row is computed once, before, and read from then
-on. ``hybrid``: every row is computed once, when the first student asks the teacher service for it. Nothing runs beside something
-else here but what `Place.overlapped` says, and in ``hybrid`` the teachers beside the first epoch, where there are loading
-processes that ask ahead.
+on. ``hybrid``: every row is computed once, when a student first asks the teacher service for it. Nothing runs beside something else
+here but what `Place.overlapped` says, and in ``hybrid`` the teachers beside the first two epochs, where there are loading processes
+that ask ahead.
 """
 
 import math
@@ -150,18 +150,24 @@ class Job:
         row = self.teacher.overlapped(of.compute, of.decode + of.write, self.decoders)
         return self.actor_start + of.start + of.todo * row / self.actors
 
-    def waiting(self, name: str, stage: StageCost) -> float:
-        """Wall seconds that the first student of a stage waits for a teacher's rows when it asks the service for them.
+    def asked(self, name: str, stage: StageCost, students: int) -> int:
+        """How many of a teacher's rows the service computes for a stage's students.
 
-        A unit has all views of most of its images, so that the first epoch asks for every unit, one after the other.
+        A unit has the rows that the first epoch reads one after the other, or else all that are left: the second epoch asks
+        for a row of each of those.
         """
+        todo = self.teachers[name].todo
+        return todo if students * stage.epochs > 1 else min(todo, self.images)
+
+    def waiting(self, name: str, stage: StageCost, rows: int) -> float:
+        """Wall seconds that a stage's students wait for so many of a teacher's rows, which come as they ask for them."""
         of = self.teachers[name]
-        if of.todo == 0:
+        if rows == 0:
             return 0.0
-        rows = of.todo * (of.decode + of.compute + of.write)
+        seconds = rows * (of.decode + of.compute + of.write)
         if self.loaders:
-            rows = max(0.0, rows - self.images * self.pace(stage.cached))
-        return self.actor_start + of.start + rows
+            seconds = max(0.0, seconds - min(stage.epochs, 2) * self.images * self.pace(stage.cached))
+        return self.actor_start + of.start + seconds
 
     def training(self, stage: StageCost, step: Step) -> float:
         """Wall seconds of one student's stage with such steps."""
@@ -214,12 +220,14 @@ def spend(job: Job, way: Way, students: int = 1) -> tuple[Spending, ...]:
                 forwards += looks
                 training += students * of.start
             elif name not in paid:
+                rows = of.todo
                 if way == "cached":
                     precompute += job.precompute(name)
                 else:
-                    training += job.waiting(name, stage)
-                forwards += of.todo
-                written += of.todo * of.row_bytes
+                    rows = job.asked(name, stage, students)
+                    training += job.waiting(name, stage, rows)
+                forwards += rows
+                written += rows * of.row_bytes
             paid.add(name)
         read = 0.0 if way == "online" else looks * stage.read_bytes
         spent.append(Spending(precompute, training, forwards, written, read))

@@ -105,7 +105,9 @@ def test_hybrid_waits_for_every_row_once_but_for_what_loaders_ask_ahead() -> Non
     assert first.seconds == 7 + (2 + 200 * 0.375) + trained
     assert both.seconds - first.seconds == trained  # the second misses nothing
     assert (first.teacher_forwards, both.teacher_forwards, both.written_bytes) == (200, 200, 2000)
-    # a process that asks ahead hides them behind the first epoch, which takes longer
+    short = replace(one, stages=(replace(one.stages[0], epochs=1),))
+    assert [total(spend(short, "hybrid", students)).teacher_forwards for students in (1, 2)] == [100, 200]
+    # a process that asks ahead hides them behind two epochs, which take longer
     ahead = total(spend(replace(one, loaders=1), "hybrid"))
     assert ahead.seconds == 7 + 2 + total(spend(replace(one, loaders=1), "cached")).training
     there = replace(one, teachers={"t": replace(one.teachers["t"], todo=0)})
