@@ -1,9 +1,9 @@
 """What it costs to give students their targets, in each of three ways, from seconds that were measured. Arithmetic only; ours.
 
 ``online``: the teachers run beside the student in every step. ``cached``: every row is computed once, before, and read from then
-on. ``hybrid``: every row is computed once, when a student first asks the teacher service for it. Nothing runs beside something else
-here but what `Place.overlapped` says, and in ``hybrid`` the teachers beside the first two epochs, where there are loading processes
-that ask ahead.
+on. ``hybrid``: every row is computed once, when a student first asks the teacher service for it. Nothing runs beside something
+else here but what `Place.overlapped` says, and in ``hybrid`` the teachers beside the first two epochs, where there are loading
+processes that ask ahead.
 """
 
 import math
