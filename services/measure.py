@@ -100,13 +100,14 @@ def measure_job(recipe: Recipe, plans: Sequence[Plan], rounds: int = 3) -> Job:
         loaders=measured.loaders,
         actors=actors,
         decoders=teacher.lanes,
+        batch=measured.batch_size,
     )
     job = replace(job, service=_time_service(recipe))
     shortest = _time_shortest(recipe)
     if shortest is None:
         return job
     seconds, evaluated = shortest
-    step = measured.batch_size * workers * job.pace(job.stages[0].plain)
+    step = job.batch * job.pace(job.stages[0].plain)
     return replace(job, start=max(0.0, seconds - step - evaluated * job.pace(job.evaluate)))
 
 

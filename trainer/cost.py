@@ -110,11 +110,13 @@ class Job:
 
     Attributes:
         images: that the student trains on in an epoch; it may leave out images without objects.
-        start: of a stage: its process, data set and models.
+        start: of a stage, and its end: processes, data set and models, how much longer the first step takes, a checkpoint, and
+            what an evaluation takes beside its images.
         evaluate: a val image; ``val_images`` of them in an evaluation.
         workers, loaders: data-parallel workers, and loading processes of each (0: the worker itself).
         actors: teacher actors of a precompute; ``decoders`` threads decode in each.
         actor_start: until an actor's process is up.
+        batch: samples of a step, of all workers together.
         service: until the teacher service answers, and to end it; None where the recipe has none, and so no ``hybrid``.
     """
 
@@ -132,6 +134,12 @@ class Job:
     actors: int = 1
     decoders: int = 1
     service: float | None = None
+    batch: int = 1
+
+    @property
+    def samples(self) -> int:
+        """Of an epoch: its last step is filled."""
+        return -(-self.images // self.batch) * self.batch
 
     @property
     def ways(self) -> tuple[Way, ...]:
@@ -166,13 +174,13 @@ class Job:
             return 0.0
         seconds = rows * (of.decode + of.compute + of.write)
         if self.loaders:
-            seconds = max(0.0, seconds - min(stage.epochs, 2) * self.images * self.pace(stage.cached))
+            seconds = max(0.0, seconds - min(stage.epochs, 2) * self.samples * self.pace(stage.cached))
         return self.actor_start + of.start + seconds
 
     def training(self, stage: StageCost, step: Step) -> float:
         """Wall seconds of one student's stage with such steps."""
         evaluations = stage.evaluations * self.val_images * self.pace(self.evaluate)
-        return self.start + stage.epochs * self.images * self.pace(step) + evaluations
+        return self.start + stage.epochs * self.samples * self.pace(step) + evaluations
 
 
 @dataclass(frozen=True)
@@ -211,7 +219,7 @@ def spend(job: Job, way: Way, students: int = 1) -> tuple[Spending, ...]:
     paid: set[str] = set()
     spent = []
     for stage in job.stages:
-        looks = students * stage.epochs * job.images
+        looks = students * stage.epochs * job.samples
         precompute, forwards, written = 0.0, 0, 0.0
         training = students * job.training(stage, stage.online if way == "online" else stage.cached)
         for name in stage.teachers:
@@ -255,7 +263,7 @@ def cheapest(job: Job, students: int = 1) -> Way:
 def break_even_epochs(job: Job, stage: StageCost) -> int | None:
     """From how many epochs on this stage alone, of one student, takes less time cached than online; None if it never does."""
     starts = sum(job.teachers[name].start for name in stage.teachers)
-    saved = job.images * (job.pace(stage.online) - job.pace(stage.cached))
+    saved = job.samples * (job.pace(stage.online) - job.pace(stage.cached))
     return _first_above(sum(map(job.precompute, stage.teachers)) - starts, saved)
 
 

@@ -77,7 +77,7 @@ class Measured:
         evaluate: an image of the val set.
         kept: share of the images that the student trains on: its config may leave out those without objects.
         loaders: loading processes of the student's config.
-        batch_size: a worker's share of the student's steps.
+        batch_size: samples of the student's steps, of all workers together.
     """
 
     start: float
@@ -136,7 +136,8 @@ class _TrainingBatches:
         Runner.from_cfg(self.cfg)
         self.start = time.perf_counter() - begin
         self.loaders = self.cfg.train_dataloader.get("num_workers", 0)
-        self.size = -(-self.cfg.train_dataloader.batch_size // trial.training.max_workers)
+        self.size = self.cfg.train_dataloader.batch_size
+        share = -(-self.size // trial.training.max_workers)
         dataset = loader.dataset
         self.images = len(dataset.dataset)
         found = list(loader.batch_sampler) if self.images else []
@@ -145,7 +146,7 @@ class _TrainingBatches:
                 "dataset.train: the student's config leaves out every image (without objects, or too small): nothing can be "
                 "measured."
             )
-        self.items = [found[number % len(found)][: self.size] for number in range(count)]
+        self.items = [found[number % len(found)][:share] for number in range(count)]
         self.rows = {
             (dataset.get_data_info(item)["img_id"], item % dataset.views) for batch in self.items for item in batch
         }

@@ -46,7 +46,7 @@ def shortest_trial(recipe: Recipe, folder: Path) -> tuple[Recipe, int]:
 
     def seen(content: Content) -> list[Content]:
         """A batch of images with objects: others the student may leave out."""
-        with_objects = {entry["image_id"] for entry in content["annotations"]}
+        with_objects = {entry["image_id"] for entry in content["annotations"] if not entry.get("iscrowd")}
         return [image for image in content["images"] if image["id"] in with_objects][:batch]
 
     small, images = _part(recipe, folder, {"train": seen, "val": lambda content: content["images"][:_EVALUATED]})

@@ -93,6 +93,13 @@ def test_rows_that_are_there_and_teachers_that_come_again_are_paid_for_once() ->
     assert cheapest(job(epochs=3, look=4.0, write=0.5, read=0.25)) == "cached"
 
 
+def test_the_last_step_of_an_epoch_is_filled() -> None:
+    one = replace(job(epochs=3, images=100, look=0.25, write=0.125, read=0.0625), batch=8)
+    assert total(spend(one, "online")).teacher_forwards == 3 * 104
+    assert total(spend(one, "cached")).training == 3 * 104 * 1.0625
+    assert total(spend(one, "cached")).teacher_forwards == 200
+
+
 def test_hybrid_waits_for_every_row_once_but_for_what_loaders_ask_ahead() -> None:
     cached = job(epochs=3, look=0.25, write=0.125, read=0.0625, start=2)
     assert cached.ways == ("online", "cached")
