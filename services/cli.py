@@ -133,9 +133,9 @@ def train_command(
     content = decided(load_recipe(recipe))
     if stage is not None and stage > len(content.stages):
         raise RecipeError(f"--stage {stage}: {recipe} has {len(content.stages)} stages.")
-    stages = [stage] if stage is not None else range(1, len(content.stages) + 1)
-    with serving.beside_training(content) if targets == "cache" else nullcontext():
-        _show_stages(train(content, list(stages), targets))
+    stages = [stage] if stage is not None else list(range(1, len(content.stages) + 1))
+    with serving.beside_training(content, stages) if targets == "cache" else nullcontext():
+        _show_stages(train(content, stages, targets))
 
 
 @app.command()
@@ -222,16 +222,20 @@ def verify(
 
     place = maintain.open_target(target)
     reports = maintain.check(place)
-    damaged = any(report.damages for report in reports)
+    damaged, failed = any(report.damages for report in reports), False
     if repair:
-        for result in maintain.mend(place, reports):
+        mended = maintain.mend(place, reports)
+        for result in mended:
             show_fill(result)
+        failed = any(result.failures for result in mended)
     elif damaged:
         raise CorruptShardError(
             f"{place.storage.where()}: damaged. Run `mtpd verify {target} --repair`; rows that are not damaged stay."
         )
     if sample is not None and (error := maintain.disagreement(maintain.sample(place, sample))):
         raise error
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

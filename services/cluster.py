@@ -146,16 +146,24 @@ def training_demand(recipe: Recipe) -> Demand:
     return demand(recipe.training.cpus, recipe.training.gpus, recipe.training.max_workers)
 
 
-def actors_beside_training(recipe: Recipe) -> int:
-    """How many teacher actors the nodes that are up can hold beside the training workers; at most ``actors.max``.
+@dataclass(frozen=True)
+class Room:
+    """How many teacher actors there is room for, if each asks for just that."""
+
+    actors: int
+    each: Demand
+
+
+def room_beside_training(recipe: Recipe) -> Room:
+    """What the nodes that are up can hold beside the training workers; at most ``actors.max``.
 
     Whatever else runs on the cluster is not looked at: it may go.
     """
     nodes = [dict(node) for node in _nodes()]
+    each = demand(recipe.actors.cpus, recipe.actors.gpus, recipe.actors.max)
     if not all(_placed(training_demand(recipe), nodes) for _ in range(recipe.training.workers.max)):
-        return 0
-    actor = demand(recipe.actors.cpus, recipe.actors.gpus, recipe.actors.max)
-    return next((n for n in range(recipe.actors.max) if not _placed(actor, nodes)), recipe.actors.max)
+        return Room(0, each)
+    return Room(next((n for n in range(recipe.actors.max) if not _placed(each, nodes)), recipe.actors.max), each)
 
 
 def _placed(wanted: Demand, nodes: list[dict[str, float]]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from cache import (
@@ -91,6 +91,9 @@ class GroupDesk:
         self._failed: dict[Key, str] = {}
         self._flights: dict[str, asyncio.Task[None]] = {}
         self._books: _Books | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._held: LeaseHeldError | None = None  # and until when nobody looks again whether it still is
+        self._held_until = 0.0
         self._lock = asyncio.Lock()  # of the books
         self._looked = 0.0
         self._watch = PrecomputeWatch(self._storage, info.name)
@@ -154,13 +157,14 @@ class GroupDesk:
             return Answer("committed") if len(self._follower.index) else Answer("pending", str(error))
         except MtpdError as error:
             return Answer("failed", str(error))
-        self._close_later()
         return Answer("committed")
 
     async def close(self) -> None:
         """Give the lease back; what is being computed is waited for."""
         await asyncio.gather(*self._flights.values(), return_exceptions=True)
         async with self._lock:
+            if self._opening is not None:
+                await asyncio.wait([self._opening])
             await self._close_books()
 
     def _is_committed(self, key: Key) -> bool:
@@ -226,7 +230,7 @@ class GroupDesk:
             self.counts.retried += attempt > 0
             try:
                 return await self._compute(unit, books.lease.run)
-            except (RayActorError, RayServeException):
+            except (RayActorError, OutOfMemoryError, RayServeException):
                 reason = "the replica that computed it died"
             except RayTaskError as error:
                 if isinstance(error.cause, MtpdError):
@@ -264,17 +268,34 @@ class GroupDesk:
             self._committed -= known  # the index has them, unless they were taken out
 
     async def _open_books(self) -> _Books:
-        """Take the lease and plan, if that is not done. Under the lock.
+        """Take the lease and plan, if that is not done; they are given back when nothing is done with them. Under the lock.
 
         Raises:
             LeaseHeldError: another run writes this group.
         """
-        if self._closing is not None:
-            self._closing.cancel()
-            self._closing = None
-        if self._books is None:
-            self._books = await self._in_thread(self._take_over)
+        self._close_later()
+        while self._books is None:
+            if self._held is not None and time.monotonic() < self._held_until:
+                raise self._held
+            # who asks may go meanwhile, and with them what they wait in; the lease that is being taken must not be forgotten
+            if self._opening is None:
+                self._opening = asyncio.create_task(self._take_books())
+                self._opening.add_done_callback(lambda taken: taken.cancelled() or taken.exception())
+            await asyncio.shield(self._opening)
         return self._books
+
+    async def _take_books(self) -> None:
+        begun = time.monotonic()
+        try:
+            self._books, self._held = await self._in_thread(self._take_over), None
+        except LeaseHeldError as error:
+            # a lease of another machine is watched for seconds, which all who ask meanwhile would have to do in turn
+            self._held, took = error, time.monotonic() - begun
+            self._held_until = time.monotonic() + max(took, _LOOK_SECONDS)
+            raise
+        finally:
+            self._opening = None
+            self._close_later()
 
     def _take_over(self) -> _Books:
         lease = Lease(self._storage, self.info.name)

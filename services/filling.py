@@ -92,7 +92,7 @@ class Filling:
         force: begin even if the plan does not fit the disk.
         rows: only these; a later filling of all goes on from them.
         others: plans that go to the same disk at the same time.
-        actors: how many at most; ``actors.max`` by default.
+        room: for its actors; by default that of ``actors`` in the recipe.
         first: see `make_plan`; by default what the recipe's students wait for.
 
     Raises:
@@ -114,10 +114,10 @@ class Filling:
         force: bool = False,
         rows: OrderRows | None = None,
         others: Sequence[Plan] = (),
-        actors: int | None = None,
+        room: cluster.Room | None = None,
         first: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        self._actors, self._first = actors or recipe.actors.max, first
+        self._room, self._first = room, first
         self._recipe, self._teacher, self._force, self._rows, self._others = recipe, teacher, force, rows, others
         self._stack = ExitStack()
 
@@ -179,8 +179,9 @@ class Filling:
         recipe, teacher, plan, started = self._recipe, self._teacher, self.plan, time.monotonic()
         spec, split, run = recipe.teachers[teacher], recipe.dataset.train, self._lease.run
         job = ActorJob(recipe.cache.uri, run, plan.info, spec, recipe.policy, split, logs.style(), trace is not None)
-        actors = min(self._actors, plan.todo_units)
-        wanted = cluster.demand(recipe.actors.cpus, recipe.actors.gpus, actors)
+        actors = min(recipe.actors.max if self._room is None else self._room.actors, plan.todo_units)
+        # what there is room for is what was reckoned with: fewer actors must not ask for more each
+        wanted = self._room.each if self._room else cluster.demand(recipe.actors.cpus, recipe.actors.gpus, actors)
         tally = Tally()
         with (
             Progress(f"teacher {teacher}", plan.total, plan.total - plan.todo) as progress,

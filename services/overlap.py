@@ -10,9 +10,8 @@ import time
 from cache import MtpdError, load_index, open_storage
 from services import cluster
 from services.filling import Filling, FillResult, Turn
-from services.precompute import fill_all, show_fill, used_teachers
+from services.precompute import fill_all, needed_teachers, show_fill
 from services.present import complain, say
-from services.serving import beside_training
 from services.train import train
 from trainer import Recipe, StageResult, first_epoch, stage_dir, teacher_info
 
@@ -34,26 +33,29 @@ def run_job(recipe: Recipe, *, force: bool = False) -> tuple[list[FillResult], l
         MtpdError: an error that the user can mend. Checkpoints of the stage that was trained meanwhile are kept.
     """
     stages = range(1, len(recipe.stages) + 1)
-    if recipe.cache.on_missing == "wait" and used_teachers(recipe):
+    teachers = needed_teachers(recipe)
+    if recipe.cache.on_missing == "wait" and teachers:
         cluster.connect()
-        if actors := cluster.actors_beside_training(recipe):
-            return _together(recipe, actors, force)
+        room = cluster.room_beside_training(recipe)
+        if room.actors:
+            return _together(recipe, room, force)
         say(
             "the cluster has no room for a teacher beside the training: teachers first, then the stages. They overlap where "
             "actors.cpus, actors.gpus, training.cpus, training.gpus leave room for both"
         )
-    fills = fill_all(recipe, used_teachers(recipe), force=force)
+    fills = fill_all(recipe, teachers, force=force)
     for result in fills:
         show_fill(result)
     if any(result.failures for result in fills):
         return fills, []
-    with beside_training(recipe):
-        return fills, train(recipe, stages)
+    return fills, train(recipe, stages)
 
 
-def _together(recipe: Recipe, actors: int, force: bool) -> tuple[list[FillResult], list[StageResult]]:
-    fills, stages = _Fills(recipe, actors, force), []
-    say(f"{' then '.join(fills.teachers)}: filled by {actors} of {recipe.actors.max} actors while the stages train")
+def _together(recipe: Recipe, room: cluster.Room, force: bool) -> tuple[list[FillResult], list[StageResult]]:
+    fills, stages = _Fills(recipe, room, force), []
+    say(
+        f"{' then '.join(fills.teachers)}: filled by {room.actors} of {recipe.actors.max} actors while the stages train"
+    )
     fills.start()
     try:
         for number in range(1, len(recipe.stages) + 1):
@@ -83,11 +85,11 @@ class _Fills(threading.Thread):
         stop: set it to end the run; what is committed stays.
     """
 
-    def __init__(self, recipe: Recipe, actors: int, force: bool) -> None:
+    def __init__(self, recipe: Recipe, room: cluster.Room, force: bool) -> None:
         super().__init__(daemon=True, name="fills")
-        self._recipe, self._actors, self._force = recipe, actors, force
+        self._recipe, self._room, self._force = recipe, room, force
         self._first = first_epoch(recipe)
-        self.teachers = used_teachers(recipe)
+        self.teachers = needed_teachers(recipe)
         self.results: list[FillResult] = []
         self.stop = threading.Event()
         self._error: Exception | None = None
@@ -96,7 +98,7 @@ class _Fills(threading.Thread):
         """Fill all; an error ends it, and is kept."""
         try:
             for name in self.teachers:
-                with Filling(self._recipe, name, force=self._force, actors=self._actors, first=self._first) as filling:
+                with Filling(self._recipe, name, force=self._force, room=self._room, first=self._first) as filling:
                     self.results.append(filling.run(turn=Turn(self.stop)))
                 show_fill(self.results[-1])
         except KeyboardInterrupt:

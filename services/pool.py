@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from cache import MtpdError, Unit
 
@@ -279,7 +279,7 @@ class Pool:
         if worker not in self._workers and worker not in self._leaving:
             return None  # of an actor that died or was given back before
         error = future.exception()
-        if isinstance(error, RayActorError):
+        if isinstance(error, RayActorError | OutOfMemoryError):  # the latter: Ray killed it before the kernel would
             return self._replace(worker, error)
         if isinstance(error, RayTaskError) and isinstance(error.cause, MtpdError):
             raise error.cause from None
@@ -314,10 +314,11 @@ class Pool:
         worker.alone = False
         self._enter(worker)
 
-    def _replace(self, worker: _Worker, error: RayActorError) -> SetAside | None:
+    def _replace(self, worker: _Worker, error: RayActorError | OutOfMemoryError) -> SetAside | None:
         """An actor died: what it held goes back to the queue, and another one takes its place (`_refill`)."""
         held = list(worker.held.values())
-        taken = worker in self._leaving or error.preempted  # with its node: neither its fault nor that of what it held
+        # with its node: neither its fault nor that of what it held
+        taken = worker in self._leaving or getattr(error, "preempted", False)
         self._give_back(worker)  # one that is only out of reach must not work on, nor keep its GPU
         if taken:
             self._notice(f"a teacher actor went with its node; {len(held)} units go back to the queue")

@@ -1,7 +1,7 @@
 """A precompute: the teachers of a recipe, one or several at once, on one cluster."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 
 from cache import MtpdError, Plan, open_storage
@@ -9,12 +9,13 @@ from services import cluster
 from services.filling import Filling, FillResult, Turn, plan_group, refuse_too_large
 from services.present import complain, duration, say, size
 from services.trace import Trace
-from trainer import OrderRows, Recipe, teacher_info
+from trainer import OrderRows, Recipe, stage_dir, teacher_info
 
 __all__ = [
     "FillResult",
     "fill",
     "fill_all",
+    "needed_teachers",
     "plan_teacher",
     "refuse_too_large",
     "show_failures",
@@ -26,6 +27,19 @@ __all__ = [
 def used_teachers(recipe: Recipe) -> list[str]:
     """The teachers of the recipe's stages, each once, in order; all where the stages are not known yet."""
     return list(dict.fromkeys(name for stage in recipe.possible_stages for name in stage.teachers))
+
+
+def needed_teachers(recipe: Recipe, stages: Iterable[int] | None = None) -> list[str]:
+    """Of `used_teachers` those that a stage is still to be trained from: the others' rows may be gone for good.
+
+    Args:
+        stages: numbers of the stages that are looked at; all by default.
+    """
+    if recipe.auto:
+        return used_teachers(recipe)
+    numbers = range(1, len(recipe.stages) + 1) if stages is None else stages
+    todo = [recipe.stages[n - 1] for n in numbers if not (stage_dir(recipe, n) / "result.json").exists()]
+    return list(dict.fromkeys(name for stage in todo for name in stage.teachers))
 
 
 def plan_teacher(recipe: Recipe, teacher: str) -> Plan:

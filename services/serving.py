@@ -22,8 +22,8 @@ from services.actor import ActorJob, UnitWorker
 from services.desk import GroupDesk
 from services.outcome import UnitRecord
 from services.pool import PIPELINE_DEPTH
-from services.precompute import plan_teacher, used_teachers
-from services.present import say
+from services.precompute import needed_teachers, plan_teacher
+from services.present import complain, say
 from services.records import keep_recipe, record_use
 from trainer import Answer, Recipe, counts, service_name, service_url, teacher_info
 
@@ -96,7 +96,7 @@ def service(
     recipe: Recipe,
     teachers: Sequence[str],
     host: str = "127.0.0.1",
-    replicas: int | None = None,
+    room: cluster.Room | None = None,
     *,
     quiet: bool = False,
 ) -> Iterator[None]:
@@ -104,7 +104,7 @@ def service(
 
     Args:
         host: address to listen on; the port is that of ``cache.service``.
-        replicas: of each teacher at most; ``actors.max`` by default.
+        room: for each teacher's replicas; by default that of ``actors`` in the recipe.
         quiet: do not say where it listens.
 
     Raises:
@@ -118,15 +118,16 @@ def service(
     cluster.connect()
     name, port = service_name(recipe), urlsplit(recipe.cache.service).port
     logging = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    app = Desk.bind(recipe, infos, *(_replica(recipe, info, replicas or recipe.actors.max, logging) for info in infos))
+    app = Desk.bind(recipe, infos, *(_replica(recipe, info, room, logging) for info in infos))
+    desk: DeploymentHandle | None = None
     try:
-        serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logging)
-        desk = serve.run(app, name=name, route_prefix=f"/{name}", logging_config=logging)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise RecipeError(
-            f"cache.service: cannot serve at {host}:{port}: {str(error).strip().splitlines()[-1]}"
-        ) from error
-    try:
+        try:
+            serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logging)
+            desk = serve.run(app, name=name, route_prefix=f"/{name}", logging_config=logging)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise RecipeError(
+                f"cache.service: cannot serve at {host}:{port}: {str(error).strip().splitlines()[-1]}"
+            ) from error
         if counts(f"http://{host}:{port}/{name}") is None:
             raise RecipeError(
                 f"cache.service: Ray Serve runs on this cluster already, and does not listen at {host}:{port}. Give the address "
@@ -136,24 +137,38 @@ def service(
             say(f"teacher service of {', '.join(teachers)}: {service_url(recipe)}")
         yield
     finally:
-        desk.close.remote().result(timeout_s=600)
+        _end(name, desk)
+
+
+def _end(name: str, desk: DeploymentHandle | None) -> None:
+    """Take the application off the cluster, whatever became of its desk: nobody would do it later."""
+    try:
+        if desk is not None:
+            desk.close.remote().result(timeout_s=600)
+    except Exception as error:  # noqa: BLE001 - it must not hide why the context is left
+        complain(f"the teacher service did not end as it should; its leases are free in half a minute: {error!r}")
+    finally:
         serve.delete(name)
         if not serve.status().applications:
             serve.shutdown()
 
 
 @contextmanager
-def beside_training(recipe: Recipe) -> Iterator[None]:
+def beside_training(recipe: Recipe, stages: Sequence[int] | None = None) -> Iterator[None]:
     """The service that a recipe's students ask, if rows are missing and if it does not run already.
+
+    Args:
+        stages: numbers of the stages that are to be trained; all by default.
 
     Raises:
         RecipeError: the service is elsewhere and does not answer, or the cluster has no room for a teacher beside the training
             and rows are missing.
     """
-    if recipe.cache.on_missing != "compute" or not used_teachers(recipe) or counts(service_url(recipe)) is not None:
+    teachers = needed_teachers(recipe, stages)
+    if recipe.cache.on_missing != "compute" or not teachers or counts(service_url(recipe)) is not None:
         yield
         return
-    if not any(plan_teacher(recipe, name).todo for name in used_teachers(recipe)):
+    if not any(plan_teacher(recipe, name).todo for name in teachers):
         say("every row is in the cache: no teacher service")
         yield
         return
@@ -163,13 +178,13 @@ def beside_training(recipe: Recipe) -> Iterator[None]:
             "out: training then starts the service on its own cluster."
         )
     cluster.connect()
-    replicas = cluster.actors_beside_training(recipe)
-    if not replicas:
+    room = cluster.room_beside_training(recipe)
+    if not room.actors:
         raise RecipeError(
             "cache.on_missing: compute: rows are missing, and the cluster has no room for a teacher beside the training. "
             "Give actors.cpus, actors.gpus, training.cpus, training.gpus that leave room for both, or run `mtpd precompute`."
         )
-    with service(recipe, used_teachers(recipe), replicas=replicas):
+    with service(recipe, teachers, room=room):
         yield
 
 
@@ -187,20 +202,22 @@ def until_stopped() -> None:
         pass
 
 
-def _replica(recipe: Recipe, info: GroupInfo, at_most: int, quiet: LoggingConfig) -> Any:
+def _replica(recipe: Recipe, info: GroupInfo, room: cluster.Room | None, quiet: LoggingConfig) -> Any:
     spec = recipe.teachers[info.teacher]
     job = ActorJob(recipe.cache.uri, "", info, spec, recipe.policy, recipe.dataset.train, logs.style())
-    each = cluster.demand(recipe.actors.cpus, recipe.actors.gpus, at_most)
+    if room is None:
+        at_most = recipe.actors.max
+        room = cluster.Room(at_most, cluster.demand(recipe.actors.cpus, recipe.actors.gpus, at_most))
     return TeacherReplica.options(
         name=f"teacher-{info.teacher}",
         max_ongoing_requests=PIPELINE_DEPTH,
         autoscaling_config=AutoscalingConfig(
             min_replicas=0,
-            max_replicas=at_most,
+            max_replicas=room.actors,
             target_ongoing_requests=PIPELINE_DEPTH,
             upscale_delay_s=2.0,
             downscale_delay_s=_IDLE_SECONDS,
         ),
-        ray_actor_options={"num_cpus": each.cpus, "num_gpus": each.gpus},
+        ray_actor_options={"num_cpus": room.each.cpus, "num_gpus": room.each.gpus},
         logging_config=quiet,
     ).bind(job)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from cache import (
     LEASE_SECONDS,
     CorruptShardError,
@@ -114,17 +117,30 @@ def status(target: Target) -> Status:
     if recipe is None:
         return Status(tuple(group_status(storage, info) for info in list_groups(storage)))
     images = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").images
-    planned = images.ids.size * len(recipe.policy)
-    groups = [group_status(storage, teacher_info(recipe, name), planned) for name in used_teachers(recipe)]
+    wanted = Wanted(images.ids, len(recipe.policy))
+    groups = [group_status(storage, teacher_info(recipe, name), wanted) for name in used_teachers(recipe)]
     stages = [_stage_status(recipe, number) for number in range(1, len(recipe.stages) + 1)]
     return Status(tuple(groups), tuple(stages))
 
 
-def group_status(storage: Storage, info: GroupInfo, planned: int | None = None) -> GroupStatus:
+@dataclass(frozen=True)
+class Wanted:
+    """What a recipe asks for: (n,) int64 image ids, each in so many views. A group may hold rows of other data sets too."""
+
+    ids: npt.NDArray[np.int64]
+    views: int
+
+    @property
+    def rows(self) -> int:
+        """How many that are."""
+        return self.ids.size * self.views
+
+
+def group_status(storage: Storage, info: GroupInfo, wanted: Wanted | None = None) -> GroupStatus:
     """How far one group is.
 
     Args:
-        planned: rows that a recipe asks for; without it what the last run planned counts, or the cache's own attributes.
+        wanted: by a recipe; without it what the last run planned counts, or the cache's own attributes.
     """
     progress, holder = read_progress(storage, info.name), lease_holder(storage, info.name)
     signs = [sign for sign in (progress and progress.written, holder and holder.renewed) if sign]
@@ -132,8 +148,11 @@ def group_status(storage: Storage, info: GroupInfo, planned: int | None = None) 
     # a lease of another run than the record's is of one that has just begun
     current = progress if progress is not None and (holder is None or holder.run == progress.run) else None
     running = alive and (current is None or current.state == "running")
-    rows, damage = _rows(storage, info, current if running else None)
-    if planned is None:
+    # a run may be another recipe's, and counts its own rows
+    rows, damage = _rows(storage, info, current if running and wanted is None else None, wanted)
+    if wanted is not None:
+        planned: int | None = wanted.rows
+    else:
         planned = progress.planned if progress is not None else planned_rows(storage, info)
     last = current or (None if running else progress)
     return GroupStatus(
@@ -154,14 +173,17 @@ def group_status(storage: Storage, info: GroupInfo, planned: int | None = None) 
     )
 
 
-def _rows(storage: Storage, info: GroupInfo, running: RunProgress | None) -> tuple[int | None, str]:
-    """Committed rows, and what is wrong with the manifest."""
+def _rows(
+    storage: Storage, info: GroupInfo, running: RunProgress | None, wanted: Wanted | None
+) -> tuple[int | None, str]:
+    """Committed rows, of those that are wanted, and what is wrong with the manifest."""
     if running is not None:  # it counts them itself: a manifest in many parts is long to read
         return running.before + running.rows, ""
     if read_group(storage, info.name) is None:
         return 0, ""
     try:
-        return len(load_index(storage, info)), ""
+        index = load_index(storage, info)
+        return len(index) if wanted is None else int(index.committed(wanted.ids, wanted.views).sum()), ""
     except CorruptShardError as error:
         return None, str(error)
 

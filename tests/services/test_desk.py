@@ -3,11 +3,27 @@
 import asyncio
 from pathlib import Path
 
-from cache import Lease, RowTargets, Unit, compact, fence, load_index, make_plan, open_storage, prepare, write_unit
+import pytest
+from ray.exceptions import OutOfMemoryError
+
+from cache import (
+    Lease,
+    RowTargets,
+    Storage,
+    Unit,
+    compact,
+    fence,
+    load_index,
+    make_plan,
+    open_storage,
+    prepare,
+    write_unit,
+)
 from services.desk import GroupDesk
 from services.outcome import UnitRecord
 from tests import models
 from trainer import (
+    Recipe,
     Teacher,
     UnitComputer,
     first_epoch,
@@ -17,12 +33,16 @@ from trainer import (
 )
 
 
+def recipe_of(data: Path, folder: Path) -> Recipe:
+    content = models.recipe(data, folder)
+    content["cache"]["on_missing"] = "compute"
+    return parse_recipe(content, "test")
+
+
 def test_while_a_precompute_runs_its_rows_are_waited_for_and_afterwards_the_rest_is_computed(
     data: Path, tmp_path: Path
 ) -> None:
-    content = models.recipe(data, tmp_path)
-    content["cache"]["on_missing"] = "compute"
-    recipe = parse_recipe(content, "test")
+    recipe = recipe_of(data, tmp_path)
     info, storage, spec = teacher_info(recipe, "small"), open_storage(recipe.cache.uri), recipe.teachers["small"]
     computer = UnitComputer(Teacher.of_group(spec, info), info, recipe.policy, recipe.dataset.train, spec.batch_size)
     computed: list[str] = []
@@ -63,5 +83,64 @@ def test_while_a_precompute_runs_its_rows_are_waited_for_and_afterwards_the_rest
         await desk.close()
         assert not storage.exists(f"{info.name}/lease.json")
         assert len(load_index(storage, info)) == sum(len(unit.rows) for unit in (first, second, third))
+
+    asyncio.run(play())
+
+
+async def nothing(unit: Unit, run: str) -> UnitRecord:
+    raise AssertionError("nobody asked for a row that there is")
+
+
+async def is_free(desk: GroupDesk, storage: Storage) -> bool:
+    """Whether the lease is given back within some seconds."""
+    for _ in range(100):
+        if not storage.exists(f"{desk.info.name}/lease.json"):
+            return True
+        await asyncio.sleep(0.1)
+    return False
+
+
+def test_the_lease_is_given_back_also_where_nothing_was_computed_and_where_who_asked_is_gone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.desk._LINGER_SECONDS", 0.2)
+    recipe = recipe_of(data, tmp_path)
+    info, storage = teacher_info(recipe, "small"), open_storage(recipe.cache.uri)
+
+    async def play() -> None:
+        desk = GroupDesk(recipe, info, nothing)
+        gone = asyncio.create_task(desk.ask(7, 0))
+        while not storage.exists(f"{info.name}/lease.json"):
+            await asyncio.sleep(0)
+        gone.cancel()  # the plan is not there yet
+        await asyncio.wait([gone])
+        assert gone.cancelled()
+        assert await is_free(desk, storage)
+        assert (await desk.ask(999, 0)).state == "refused"
+        assert storage.exists(f"{info.name}/lease.json")
+        assert await is_free(desk, storage)
+        assert (await desk.open()).state == "committed"
+        assert await is_free(desk, storage)
+
+    asyncio.run(play())
+
+
+def test_a_replica_that_ray_killed_for_its_memory_has_its_unit_tried_again_and_then_given_up(
+    data: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(data, tmp_path)
+    tries = 0
+
+    async def compute(unit: Unit, run: str) -> UnitRecord:
+        nonlocal tries
+        tries += 1
+        raise OutOfMemoryError("the node's memory is full")
+
+    async def play() -> None:
+        desk = GroupDesk(recipe, teacher_info(recipe, "small"), compute)
+        answer = await desk.ask(7, 0)
+        assert (answer.state, tries) == ("failed", 3)
+        assert "the replica that computed it died (3 tries)" in answer.reason
+        await desk.close()
 
     asyncio.run(play())

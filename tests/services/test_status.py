@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -58,6 +59,17 @@ def check_run_under_way(storage: Storage) -> None:
 
 def test_a_run_under_way_and_after_it(tmp_path: Path) -> None:
     check_run_under_way(LocalStorage(tmp_path))
+
+
+def test_a_recipe_counts_its_own_images_in_a_group_that_others_fill_too(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    compute(storage)
+    ids = make.images(6).ids
+    other = state.Wanted(np.concatenate([ids[:4], ids.max() + np.arange(1, 3)]), 2)
+    found = state.group_status(storage, GROUP, other)
+    assert (found.state, found.rows, found.planned) == ("incomplete", 8, 12)
+    found = state.group_status(storage, GROUP, state.Wanted(ids, 2))
+    assert (found.state, found.rows, found.planned) == ("complete", 12, 12)
 
 
 def test_the_same_in_a_bucket(bucket: Bucket) -> None:  # noqa: F811
