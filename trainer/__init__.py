@@ -62,7 +62,7 @@ from trainer.scenes import CLASSES, SceneOptions, generate
 from trainer.specs import SplitSpec, StageSpec, TeacherSpec
 from trainer.stage import StageResult, latest_checkpoint, open_stage, train_stage
 from trainer.stage_config import TargetSource, stage_config, stage_dir
-from trainer.step import AutocastOptimWrapper, DistributedDistiller
+from trainer.step import DistributedDistiller
 from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
 from trainer.teacher import Teacher, TeacherOutput, describe, fingerprint_record, head_file
 from trainer.transforms import ApplyView, LoadTeacherTargets
@@ -78,7 +78,6 @@ __all__ = [
     "Answer",
     "ApplySampledView",
     "ApplyView",
-    "AutocastOptimWrapper",
     "Batch",
     "CachedMaps",
     "Cost",

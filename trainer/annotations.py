@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cache import Images, RecipeError
 
@@ -20,11 +21,13 @@ class Annotations:
         images: every image, in the order of the file.
         classes: names of the categories, in the order of the file.
         has_masks: whether every object has a segmentation.
+        labelled: (n,) bool: whether an image has an object.
     """
 
     images: Images
     classes: tuple[str, ...]
     has_masks: bool
+    labelled: npt.NDArray[np.bool_]
 
 
 def read_annotations(path: str | Path, key: str) -> Annotations:
@@ -61,7 +64,10 @@ def read_annotations(path: str | Path, key: str) -> Annotations:
         raise RecipeError(f"{key}: {path}: image id {ids[bad[0]]} has width or height 0 or less.")
     images = Images(ids, sizes[:, 1].copy(), sizes[:, 2].copy(), names)
     classes = tuple(str(category["name"]) for category in categories)
-    return Annotations(images, classes, bool(objects) and all(o.get("segmentation") for o in objects))
+    known = {category.get("id") for category in categories}
+    seen = {o.get("image_id") for o in objects if o.get("category_id") in known}
+    labelled = np.array([image_id in seen for image_id in ids.tolist()], dtype=np.bool_)
+    return Annotations(images, classes, bool(objects) and all(o.get("segmentation") for o in objects), labelled)
 
 
 def annotations_digest(path: str | Path) -> str:

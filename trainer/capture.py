@@ -9,6 +9,7 @@ from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from cache import Level, TeacherLoadError, level_name
+from trainer.precision import as_float
 
 # both sides are no multiple of the larger strides, so that a module that rounds its map's size down is noticed
 _PROBE_HEIGHT, _PROBE_WIDTH = 288, 416
@@ -48,17 +49,24 @@ def captured(model: nn.Module, modules: Sequence[str], key: str) -> Iterator[dic
 
 
 @contextmanager
-def recorded(detector: nn.Module) -> Iterator[dict[str, Any]]:
+def recorded(detector: nn.Module, precision: torch.dtype | None = None) -> Iterator[dict[str, Any]]:
     """Record what a detector's ``extract_feat`` and its dense ``bbox_head`` give while the context is open.
+
+    Args:
+        precision: of ``extract_feat``, by autocast; what it gives is float32 then. By default what is set outside.
 
     Yields:
         ``features``: the maps of ``extract_feat``; ``head``: the head's outputs, absent for detectors without one.
     """
     made: dict[str, Any] = {}
-    extract = detector.extract_feat
+    extract, own = detector.extract_feat, "extract_feat" in vars(detector)
 
     def extract_and_keep(*arguments: Any, **options: Any) -> Any:
-        made["features"] = extract(*arguments, **options)
+        if precision is None:
+            made["features"] = extract(*arguments, **options)
+        else:
+            with torch.autocast(next(detector.parameters()).device.type, precision):
+                made["features"] = as_float(extract(*arguments, **options))
         return made["features"]
 
     def keep_head(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -70,7 +78,10 @@ def recorded(detector: nn.Module) -> Iterator[dict[str, Any]]:
     try:
         yield made
     finally:
-        del detector.extract_feat
+        if own:
+            detector.extract_feat = extract
+        else:
+            del detector.extract_feat
         if handle is not None:
             handle.remove()
 

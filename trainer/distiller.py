@@ -19,6 +19,7 @@ from trainer.capture import captured, flatten, measure_levels, recorded
 from trainer.checkpoint import inherit, load_strict, read_weights
 from trainer.mechanisms import MECHANISMS, Batch, Mechanism
 from trainer.mechanisms.draws import SampledBoxes
+from trainer.precision import DTYPES, as_float, refuse_unknown
 from trainer.specs import TeacherSpec
 from trainer.step import take_step
 from trainer.student_losses import sum_over_parts
@@ -47,6 +48,7 @@ class Distiller(BaseModel):
         input_scale: the student's inputs are the views resized by this factor; targets are of the whole views.
         batch_size: samples of a step of all workers together; None where this process is the only one.
         micro_batch: the most samples of one forward pass in training; None puts a worker's whole share into one.
+        precision: ``bfloat16`` trains backbone and neck in it, the rest in float32; by default what is set outside.
 
     Attributes:
         input_scale: multiplies boxes in pixels of a view into boxes in pixels of the student's input.
@@ -63,8 +65,10 @@ class Distiller(BaseModel):
         input_scale: float = 1.0,
         batch_size: int | None = None,
         micro_batch: int | None = None,
+        precision: str | None = None,
     ) -> None:
         detector = MODELS.build(student)
+        refuse_unknown(detector, precision, "training.amp")
         if getattr(detector.data_preprocessor, "batch_augments", None):
             raise RecipeError(
                 "student.config: its data_preprocessor has batch_augments, which change the pixels after the view. "
@@ -81,6 +85,7 @@ class Distiller(BaseModel):
         super().__init__(data_preprocessor=preprocessor)
         self.student = detector
         self.batch_size, self.micro_batch = batch_size, micro_batch
+        self._precision = DTYPES[precision] if precision else None
         self.adds_up = sum_over_parts(detector)
         self._sampled = SampledBoxes(detector)
         self.capture = list(capture) if mechanisms else []
@@ -147,12 +152,18 @@ class Distiller(BaseModel):
         """
         if mode == "loss":
             self._sampled.begin(data_samples or [])
-        if mode != "loss" or not self.mechanisms:
+        if mode != "loss":
             return self.student(inputs, data_samples, mode=mode)
         samples = data_samples or []
-        with captured(self.student, self.capture, "student.capture") as outputs, recorded(self.student) as made:
+        with (
+            captured(self.student, self.capture, "student.capture") as outputs,
+            recorded(self.student, self._precision) as made,
+        ):
             losses = self.student(inputs, samples, mode="loss")
-        maps = dict(zip(self._level_names, flatten(outputs, self.capture, "student.capture"), strict=True))
+        if not self.mechanisms:
+            return losses
+        found = as_float(flatten(outputs, self.capture, "student.capture"))
+        maps = dict(zip(self._level_names, found, strict=True))
         for teacher, mechanisms in self._of_teacher.items():
             given = [sample.teacher_maps[teacher] for sample in samples]
             batch = self._batch(teacher, given, maps, inputs, samples, made)

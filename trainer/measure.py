@@ -140,12 +140,7 @@ class _TrainingBatches:
         share = -(-self.size // trial.training.max_workers)
         dataset = loader.dataset
         self.images = len(dataset.dataset)
-        found = list(loader.batch_sampler) if self.images else []
-        if not found:
-            raise RecipeError(
-                "dataset.train: the student's config leaves out every image (without objects, or too small): nothing can be "
-                "measured."
-            )
+        found = list(loader.batch_sampler)
         self.items = [found[number % len(found)][:share] for number in range(count)]
         self.rows = {
             (dataset.get_data_info(item)["img_id"], item % dataset.views) for batch in self.items for item in batch

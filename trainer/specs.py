@@ -356,7 +356,7 @@ class TrainingSpec(Spec):
     amp: Literal["none", "float16", "bfloat16"] | None = None
     checkpoint_steps: PositiveInt | None = None
     max_failures: Annotated[int, Field(ge=0)] = 3
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")
     def _enough_samples(self) -> "TrainingSpec":

@@ -4,7 +4,8 @@ import json
 import re
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 from mmengine.config import Config
 from mmengine.dist import all_reduce, barrier, broadcast_object_list, get_rank
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
@@ -27,11 +28,11 @@ from trainer.recipe import Recipe
 from trainer.stage_config import TargetSource, stage_config, stage_dir, student_config
 
 _BEGUN = "stage.json"
-# the same targets may come from a group that stores more or less of them, and be waited for or not; how often a checkpoint is
-# written, and in how many pieces a share is trained on, makes no difference
+# the same targets may come from a group that stores more or less of them, be waited for or not, kept on a local disk or not;
+# what is done about damage, how often a checkpoint is written, and in how many pieces a share is trained on, is free too
 _FREE = re.compile(
     r"\.fingerprint\.(levels|dense|head)[:.]|\.head\.fingerprint\b|default_hooks\.checkpoint\b|model\.micro_batch\b"
-    r"|\.(on_missing|service)\b"
+    r"|\.(on_missing|service|on_damage|local_dir|local_bytes)\b"
 )
 
 
@@ -127,7 +128,8 @@ def train_stage(
         student=str(student_file),
     )
     if runner.rank == 0:
-        save_student(distiller.student, student_file, tuple(runner.train_dataloader.dataset.metainfo["classes"]))
+        with _evaluated_weights(runner):
+            save_student(distiller.student, student_file, tuple(runner.train_dataloader.dataset.metainfo["classes"]))
         student_config(cfg).dump(str(folder / "student.py"))
         _write(folder / "result.json", asdict(result))
     barrier()  # whoever looks afterwards finds it
@@ -160,6 +162,19 @@ def latest_checkpoint(folder: Path) -> str | None:
     written = {int(number): file for file in folder.glob("iter_*.pth") if (number := file.stem[5:]).isdigit()}
     # a zip's directory is at its end
     return next((str(written[n]) for n in sorted(written, reverse=True) if zipfile.is_zipfile(written[n])), None)
+
+
+@contextmanager
+def _evaluated_weights(runner: Runner) -> Iterator[None]:
+    """The weights that were evaluated: an EMAHook averages them beside the training, and takes its averages in for that."""
+    averages = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+    for hook in averages:
+        hook.before_val_epoch(runner)
+    try:
+        yield
+    finally:
+        for hook in averages:
+            hook.after_val_epoch(runner)
 
 
 def _nothing_found(cfg: Config) -> dict[str, float]:

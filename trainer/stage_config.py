@@ -1,9 +1,11 @@
 """A recipe's stage -> an ordinary mmengine config: the student's own, with views, targets, mechanisms and schedule in it."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from mmengine.config import Config
 
 from cache import GroupInfo, RecipeError
@@ -59,7 +61,7 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
     _set_model(cfg, recipe, stage, infos, targets)
     _set_visualizer(cfg, stage_dir(recipe, stage))
     cfg.custom_imports = dict(imports=["trainer"], allow_failed_imports=False)
-    cfg.custom_hooks = [*cfg.get("custom_hooks", []), dict(type="SeedStepHook", seed=recipe.training.seed)]
+    cfg.custom_hooks = [*_custom_hooks(cfg), dict(type="SeedStepHook", seed=recipe.training.seed)]
     cfg.randomness = dict(seed=recipe.training.seed)
     cfg.work_dir = str(stage_dir(recipe, stage))
     cfg.load_from, cfg.resume = None, False
@@ -115,9 +117,30 @@ def _set_data(cfg: Config, recipe: Recipe, train: Annotations, stage: int, cache
     )
 
 
+def _custom_hooks(cfg: Config) -> list[dict[str, Any]]:
+    """The student's own hooks, but for those that switch to another pipeline: the pipeline is the recipe's views.
+
+    Raises:
+        RecipeError: one that looks for its detector, or its data set, where the distiller and the views are.
+    """
+    hooks = [hook for hook in plain_dict(cfg).get("custom_hooks") or [] if hook["type"] != "PipelineSwitchHook"]
+    if any(hook["type"] == "YOLOXModeSwitchHook" for hook in hooks):
+        raise RecipeError(
+            "student.config: custom_hooks has a YOLOXModeSwitchHook, which changes data set and head in the midst of a "
+            "training; here a stage is the same from its begin to its end. Leave it out: student.cfg_options: {custom_hooks: []}"
+        )
+    return hooks
+
+
 def _set_batches(cfg: Config, training: TrainingSpec) -> None:
     """Total batches, how they are shared out and cut, and in which precision they are computed."""
     loader, optimiser = cfg.train_dataloader, cfg.optim_wrapper
+    if (constructor := optimiser.get("constructor")) == "LearningRateDecayOptimizerConstructor":
+        raise RecipeError(
+            f"student.config: optim_wrapper.constructor: {constructor} goes by the names of a detector's parameters, which here "
+            "are a part of the distiller's. Take mmengine's own: student.cfg_options: {optim_wrapper.constructor: "
+            "DefaultOptimWrapperConstructor, optim_wrapper.paramwise_cfg: null}"
+        )
     if optimiser.get("accumulative_counts", 1) > 1:
         raise RecipeError(
             "student.config: optim_wrapper.accumulative_counts: here the total batch is training.batch_size, which "
@@ -144,7 +167,7 @@ def _set_batches(cfg: Config, training: TrainingSpec) -> None:
             optimiser.pop(key, None)
         kinds = dict(
             none=dict(type="OptimWrapper"),
-            bfloat16=dict(type="AutocastOptimWrapper"),
+            bfloat16=dict(type="OptimWrapper"),  # the distiller does it: mmengine's runs on no CPU, and heads too
             float16=dict(type="AmpOptimWrapper", dtype="float16"),
         )
         optimiser.update(kinds[training.amp])
@@ -158,10 +181,15 @@ def training_images(cfg: Config, recipe: Recipe, train: Annotations) -> dict[str
 
     Args:
         cfg: the student's config as it is shipped.
+
+    Raises:
+        RecipeError: it has no data set, or lets none through.
     """
     dataset = next((d for d in nested(plain_dict(cfg.train_dataloader.dataset)) if "ann_file" in d), None)
     if dataset is None:
         raise RecipeError("student.config: train_dataloader.dataset has no data set with an ann_file.")
+    left_out = dataset.get("filter_cfg", dict(filter_empty_gt=True, min_size=32))
+    _refuse_no_images(train, left_out or {})
     return dict(
         type="CocoDataset",
         metainfo=dict(classes=train.classes),
@@ -169,8 +197,17 @@ def training_images(cfg: Config, recipe: Recipe, train: Annotations) -> dict[str
         backend_args=None,
         ann_file=recipe.dataset.train.ann_file,
         data_prefix=dict(img=recipe.dataset.train.img_dir),
-        filter_cfg=dataset.get("filter_cfg", dict(filter_empty_gt=True, min_size=32)),
+        filter_cfg=left_out,
     )
+
+
+def _refuse_no_images(train: Annotations, left_out: dict[str, Any]) -> None:
+    large = np.minimum(train.images.widths, train.images.heights) >= left_out.get("min_size", 0)
+    if not (large & train.labelled if left_out.get("filter_empty_gt") else large).any():
+        raise RecipeError(
+            f"dataset.train: the student's config leaves out every image (filter_cfg {left_out}: without objects, or too small). "
+            "To train on them: student.cfg_options: {train_dataloader.dataset.filter_cfg: {filter_empty_gt: false, min_size: 0}}"
+        )
 
 
 def _set_evaluation(cfg: Config, recipe: Recipe) -> None:
@@ -248,10 +285,14 @@ def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations) -> None:
         for key in ("begin", "end", "T_max"):
             if key in scheduler:
                 scheduler[key] = round(scheduler[key] * ratio)
+        if "T_max" in scheduler:
+            scheduler.T_max = max(1, scheduler.T_max)
         if "milestones" in scheduler:
             # in a short stage the last decay must not fall behind its end
             last = max(1, spec.epochs - 1)
             scheduler.milestones = [min(round(m * ratio), last) for m in scheduler.milestones]
+    # of a long training a part may last no epoch of a short one
+    cfg.param_scheduler = [one for one in cfg.param_scheduler if one.get("end", math.inf) > one.get("begin", 0)]
     cfg.optim_wrapper.setdefault("clip_grad", None)
     if cfg.optim_wrapper.clip_grad is None:
         cfg.optim_wrapper.clip_grad = dict(max_norm=_CLIP_NORM, norm_type=2)
@@ -273,6 +314,7 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInf
         input_scale=student.input_scale,
         batch_size=cfg.train_dataloader.batch_size,
         micro_batch=recipe.training.micro_batch,
+        precision="bfloat16" if recipe.training.amp == "bfloat16" else None,
     )
     distiller["teachers"] = {}
     for info in infos:

@@ -1,7 +1,7 @@
 """One optimiser step on a total batch: a worker's share of it, in micro-batches where the share is too large for one pass."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmengine.dist import get_world_size
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
-from mmengine.registry import MODEL_WRAPPERS, OPTIM_WRAPPERS
+from mmengine.registry import MODEL_WRAPPERS
 from torch import Tensor, nn
 
 from cache import RecipeError
@@ -155,18 +155,3 @@ class DistributedDistiller(MMDistributedDataParallel):
     def train_step(self, data: dict[str, Any], optim_wrapper: OptimWrapper) -> dict[str, Tensor]:
         """One optimiser step; see `take_step`."""
         return take_step(self, self.module, data, optim_wrapper)
-
-
-@OPTIM_WRAPPERS.register_module()
-class AutocastOptimWrapper(OptimWrapper):
-    """Training in bfloat16 where torch's autocast thinks it safe: on GPUs and CPUs, without a scaling of the loss.
-
-    mmengine's ``AmpOptimWrapper`` runs on no CPU, and scales losses of bfloat16, whose range is that of float32.
-    """
-
-    @contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Autocast, and mmengine's own context."""
-        device = next(model.parameters()).device.type
-        with super().optim_context(model), torch.autocast(device, torch.bfloat16):
-            yield

@@ -32,12 +32,12 @@ from trainer.capture import captured, flatten, measure_levels, recorded
 from trainer.checkpoint import load_strict, read_weights, sha256
 from trainer.config import load_config, nested, plain, plain_dict
 from trainer.dense import check_dense, dense_outputs, dense_shape, strides
+from trainer.precision import DTYPES, refuse_unknown
 from trainer.specs import TeacherSpec
 
 # keys of a detector's config that decide how it is trained or initialised, not what it computes
 _NO_EFFECT = frozenset({"init_cfg", "pretrained", "train_cfg"})
 _HEAD = "bbox_head."
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Teacher:
         model = build_model(spec, name)
         load_strict(model, spec.checkpoint, f"{self._key}.checkpoint")
         self._model = model.float().to(self.device).eval().requires_grad_(False)
-        if spec.autocast is not None:
-            self._extract, self._model.extract_feat = self._model.extract_feat, self._extract_in_autocast
+        refuse_unknown(self._model, spec.autocast, f"{self._key}.autocast")
+        self._precision = DTYPES[spec.autocast] if spec.autocast else None
         self._all_levels = measure_levels(self._model, spec.capture, f"{self._key}.capture")
         self.levels = select_levels(self._all_levels, spec, self._key) if levels is None else tuple(levels)
         self._top_k = top_k
@@ -129,7 +129,11 @@ class Teacher:
         samples = [_sample(image) for image in images]
         batch = self._model.data_preprocessor(dict(inputs=list(images), data_samples=samples), False)
         inputs, samples = batch["inputs"], batch["data_samples"]
-        with captured(self._model, self._spec.capture, self._key) as outputs, recorded(self._model) as made:
+        with (
+            torch.autocast(self.device.type, enabled=False),  # a student's, which a live teacher is called in
+            captured(self._model, self._spec.capture, self._key) as outputs,
+            recorded(self._model, self._precision) as made,
+        ):
             if detect:
                 samples = self._model.predict(inputs, samples, rescale=False)
             elif self._top_k:
@@ -152,18 +156,6 @@ class Teacher:
         return TeacherOutput(
             features, found, sizes, [{level_name(stride): d for stride, d in of_image.items()} for of_image in dense]
         )
-
-    def _extract_in_autocast(self, *arguments: Any, **options: Any) -> Any:
-        """Backbone and neck in the lower precision, and their maps in float32 to the heads.
-
-        Of a head in bfloat16 boxes come out rounded to whole pixels and more, and mmcv's operators (NMS, RoIAlign) refuse it.
-        """
-        with torch.autocast(self.device.type, _DTYPES[self._spec.autocast or ""]):
-            return _as_float(self._extract(*arguments, **options))
-
-
-def _as_float(maps: Any) -> Any:
-    return maps.float() if isinstance(maps, Tensor) else type(maps)(_as_float(one) for one in maps)
 
 
 def dense_head(model: nn.Module, key: str) -> nn.Module:
@@ -247,8 +239,8 @@ def fingerprint_record(
         "capture": list(spec.capture),
         "levels": None if chosen is None else list(chosen),
         "pool": dict(sorted(spec.pool.items())),
-        # before, heads ran in it too: their outputs were others
-        "autocast": spec.autocast and f"{spec.autocast}, heads float32",
+        # not the bare name: under that heads ran in it too, and later an actor's first batch alone
+        "autocast": spec.autocast and f"{spec.autocast}, backbone and neck",
         "views": policy.to_json(),
         "precision": precision,
         **({"dense": top_k} if top_k else {}),

@@ -45,6 +45,7 @@ def edited(content: dict, key: str, value: object) -> dict:
         ("actors", {"min": 3, "max": 2}, r"actors: min 3 is more than max 2"),
         ("training", {"workers": 0}, r"training\.workers: at least one worker \(got 0\)"),
         ("training", {"workers": {"min": 3, "max": 2}}, r"training\.workers: min 3 is more than max 2"),
+        ("training", {"seed": -1}, r"training\.seed: .*greater than or equal to 0.*got -1"),
         ("training", {"workers": 4, "batch_size": 2}, r"training: batch_size .*: 4 workers cannot share 2 samples"),
     ],
 )

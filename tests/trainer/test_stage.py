@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cache import CorruptShardError, MissingRowsError, RecipeError, StaleCacheError
 from tests import models
 from tests.trainer import precompute
-from trainer import parse_recipe, stage_config, stage_dir, train_stage
+from trainer import latest_checkpoint, parse_recipe, stage_config, stage_dir, train_stage
 from trainer.checkpoint import read_weights
 
 TOLERANCE = 2e-3  # relative; float16 keeps 11 bits of each feature, and an optimiser step adds to the difference
@@ -157,6 +157,24 @@ def test_a_stage_begins_with_the_weights_of_the_one_before_and_nothing_else(trai
     student = recipe.student.model_copy(update={"inherit": "swin"})
     named = recipe.model_copy(update={"student": student})
     assert stage_config(named, 1).model.inherit_from == recipe.teachers["swin"].checkpoint
+
+
+def test_the_student_of_averaged_weights_is_the_one_that_was_evaluated(data: Path, tmp_path: Path) -> None:
+    content = models.recipe(data, tmp_path)
+    content["student"]["cfg_options"]["custom_hooks"] = [{"type": "EMAHook", "momentum": 0.1}]
+    content["stages"] = [{"epochs": 1}]
+    recipe = parse_recipe(content, "test")
+    written = read_weights(train_stage(recipe, 1).student, "test")
+    kept = torch.load(latest_checkpoint(stage_dir(recipe, 1)), weights_only=False)
+    averaged, raw = kept["state_dict"], kept["ema_state_dict"]
+    assert all(torch.equal(value, averaged[f"student.{name}"]) for name, value in written.items())
+    assert not all(torch.equal(value, raw[f"module.student.{name}"]) for name, value in written.items())
+
+
+def test_a_stage_goes_on_when_damage_is_to_be_skipped_from_now_on(trained) -> None:
+    recipe, results = trained
+    cache = recipe.cache.model_copy(update={"on_damage": "skip", "local_dir": "somewhere"})
+    assert train_stage(recipe.model_copy(update={"cache": cache}), 1) == results[0]
 
 
 def test_each_stage_of_a_process_logs_into_its_own_folder_and_to_tensorboard(trained) -> None:
