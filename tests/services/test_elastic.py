@@ -17,6 +17,8 @@ from cache import Unit
 from services import cluster, pool
 from services.cluster import Demand
 from services.pool import PIPELINE_DEPTH, Pool
+from tests import models
+from trainer import parse_recipe
 
 
 @ray.remote(max_concurrency=PIPELINE_DEPTH)
@@ -185,3 +187,20 @@ def test_defaults_fit_the_nodes(nodes: Cluster) -> None:
     wanted = cluster.demand(None, None, 2)
     made = Pool(lambda: Puppet.options(num_cpus=wanted.cpus, num_gpus=wanted.gpus).remote(), 2, 2, print)
     assert len(list(made.run(units(4)))) == 4
+
+
+def test_actors_find_the_room_beside_training_that_was_reckoned_with(
+    nodes: Cluster, data: Path, tmp_path: Path
+) -> None:
+    nodes.add_node(num_cpus=7)
+    content = {"actors": {"gpus": 0, "max": 4}, "training": {"cpus": 5, "gpus": 0}}
+    recipe = parse_recipe(models.recipe(data, tmp_path, **content), "test")
+    room = cluster.room_beside_training(recipe)
+    # fewer actors would each ask for more, by default, than there is beside the training
+    assert room.actors
+    assert room.each != cluster.demand(None, 0, room.actors)
+    training = Puppet.options(num_cpus=5).remote()
+    beside = [Puppet.options(num_cpus=room.each.cpus).remote() for _ in range(room.actors)]
+    assert all(ray.get([one.load.remote() for one in (training, *beside)], timeout=60))
+    for one in (training, *beside):
+        ray.kill(one)

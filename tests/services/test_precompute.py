@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cache import open_storage, read_head
 from services import maintain
-from services.precompute import fill
+from services.precompute import fill, needed_teachers, used_teachers
 from tests import models
 from tests.trainer import precompute
 from trainer import parse_recipe, teacher_info
@@ -45,3 +45,21 @@ def test_a_finished_recipe_frees_its_own_group_and_none_that_only_serves_it(data
         for recipe in (smaller, larger)
     ]
     assert reasons == [[], ["stage is done"]]
+
+
+def test_teachers_of_trained_stages_alone_are_not_needed_any_more(data: Path, tmp_path: Path) -> None:
+    content = models.recipe(data, tmp_path)
+    content["stages"] = [*content["stages"], content["stages"][0]]
+    recipe = parse_recipe(content, "test")
+    assert needed_teachers(recipe) == used_teachers(recipe) == ["small", "swin"]
+    trained = {}
+    for stage, left in ((2, ["small"]), (1, ["small"]), (3, [])):
+        trained[stage] = Path(recipe.work_dir) / f"stage-{stage}" / "result.json"
+        trained[stage].parent.mkdir(parents=True)
+        trained[stage].write_text("{}")
+        assert needed_teachers(recipe) == left
+    assert needed_teachers(recipe, [2]) == []
+    trained[2].unlink()
+    assert needed_teachers(recipe, [2]) == ["swin"]
+    assert needed_teachers(recipe, [1, 3]) == []
+    assert used_teachers(recipe) == ["small", "swin"]
