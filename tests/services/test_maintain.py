@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from typer.testing import CliRunner
 
@@ -53,6 +54,36 @@ def test_verify_names_the_damage_and_the_repair_then_repairs(storage: LocalStora
     assert "1 damaged unit taken out of the manifest" in output
     assert len(TeacherCache.open(uri, "t")) == 8
     assert run("verify", uri)[0] == 0
+
+
+def test_a_repair_computes_again_and_fails_where_an_image_is_gone(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    content = models.recipe(tmp_path / "data", tmp_path)
+    content["stages"], content["actors"] = content["stages"][:1], {"max": 1, "cpus": 1}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    recipe = load_recipe(file)
+    precompute.fill(recipe, "small")
+    before = TeacherCache.open(recipe.cache.uri, "small")
+    shard = next((Path(recipe.cache.uri) / before.info.name).glob("*/P3/c/0/0/0/0"))
+    shard.write_bytes(b"\0" + shard.read_bytes()[1:])
+    bucket = shard.parents[5].name
+    gone = next(
+        key for key in before if (place := before.index.find(*key)) and (place.bucket, place.row) == (bucket, 0)
+    )
+    name = f"{gone[0]:08d}.jpg"
+    (tmp_path / "data" / "train" / name).unlink()
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        code, output, error = run("verify", str(file), "--repair")
+    finally:
+        ray.shutdown()
+    assert (code, error) == (1, None)
+    assert name in output
+    after = TeacherCache.open(recipe.cache.uri, "small")
+    lost = set(before) - set(after)
+    assert gone in lost
+    assert {image for image, _ in lost} == {gone[0]}  # the rest of the unit was computed again
 
 
 def test_gc_lists_first_removes_on_demand_and_leaves_a_running_writer_alone(storage: LocalStorage) -> None:
