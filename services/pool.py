@@ -353,5 +353,7 @@ class Pool:
 
 
 def _last_line(error: Exception) -> str:
+    if isinstance(error, OutOfMemoryError):  # whose own words are a page, with a link in the end
+        return "Ray killed one, for its node's memory was almost full"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else repr(error))[:300]
