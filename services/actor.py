@@ -7,10 +7,10 @@ import threading
 from dataclasses import asdict, dataclass
 
 import ray
-import torch
 
-from cache import GroupInfo, Policy, RowTargets, Unit, fence, open_storage, write_unit
+from cache import GroupInfo, Policy, RowTargets, TeacherLoadError, Unit, fence, open_storage, write_unit
 from services import logs
+from services.device import given_device
 from services.metrics import ActorMeter
 from services.outcome import UnitRecord
 from services.pool import PIPELINE_DEPTH
@@ -55,10 +55,10 @@ class UnitWorker:
             The id of the node that it is on.
 
         Raises:
-            TeacherLoadError: config and checkpoint do not fit.
+            TeacherLoadError: config and checkpoint do not fit, or torch cannot use the GPU that this actor was given.
         """
         job = self._job
-        device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
+        device = given_device("actors.gpus", "this actor", f"teachers.{job.info.teacher}", TeacherLoadError)
         teacher = Teacher.of_group(job.spec, job.info, device)
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         self._computer = UnitComputer(

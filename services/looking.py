@@ -17,7 +17,10 @@ def status(
     target: CacheOrRecipe,
     as_json: AsJson = False,
     watch: Annotated[
-        float | None, typer.Option("--watch", min=1, metavar="SECONDS", help="Again and again, until all is done.")
+        float | None,
+        typer.Option(
+            "--watch", min=1, metavar="SECONDS", help="Again and again, until all is done or a precompute failed."
+        ),
     ] = None,
 ) -> None:
     """How far the precomputes are, and with a recipe its stages: from the store alone, during a run and after it."""

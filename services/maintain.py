@@ -40,6 +40,7 @@ from trainer import (
     SampleReport,
     compare_sample,
     load_recipe,
+    refuse_unordered,
     stage_dir,
     teacher_info,
     wanted_record,
@@ -202,10 +203,12 @@ def _others(target: Target, forgotten: str | None) -> list[Reference]:
 def _why(
     recipe: Recipe, info: GroupInfo, superseded: bool, finished: bool
 ) -> Literal["superseded", "stage is done"] | None:
-    if info.teacher == STUDENT:  # whose features the order of teachers was found from
-        recipe = recipe if recipe.student.checkpoint is None else with_candidates(recipe)
-        if STUDENT not in recipe.teachers:
+    if info.teacher == STUDENT and STUDENT not in recipe.teachers:  # whose features an order of teachers was found from
+        try:
+            refuse_unordered(recipe)
+        except RecipeError:  # as the recipe is now, there is no order to find
             return "superseded" if superseded else None
+        recipe = with_candidates(recipe)
     if info.teacher not in recipe.teachers:
         return None
     if info.digest != teacher_info(recipe, info.teacher).digest:

@@ -8,11 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import ray
-import torch
 from ray.exceptions import RayTaskError
 
 from cache import MtpdError, Plan
 from services import cluster
+from services.device import given_device
 from services.precompute import used_teachers
 from services.serving import service, starts_here
 from services.train import fit_stage
@@ -47,9 +47,8 @@ class Share:
 
     @property
     def place(self) -> Place:
-        """Where it runs, asked inside a process that has the share."""
-        device = "cuda" if self.gpus and torch.cuda.is_available() else "cpu"
-        return Place(device, self.lanes, self.threads)
+        """Where it runs."""
+        return Place("cuda" if self.gpus else "cpu", self.lanes, self.threads)
 
 
 def measure_job(recipe: Recipe, plans: Sequence[Plan], rounds: int = 3) -> Job:
@@ -162,5 +161,7 @@ def _measure(
 ) -> tuple[float, tuple[Place, Place], Measured]:
     """When this process was up, where teachers and students run, and what was measured."""
     up = time.time()
+    asked = {"actors.gpus": teacher.gpus, "training.gpus": student.gpus}
+    given_device(", ".join(key for key, gpus in asked.items() if gpus), "the process that measures")
     places = teacher.place, student.place
     return up, places, measure(recipe, *places, rounds=rounds)

@@ -9,8 +9,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from cache import MtpdError, RecipeError, TeacherCache, differences, make_plan
+from cache import MtpdError, RecipeError, TeacherCache, TeacherLoadError, differences, fingerprint, make_plan
 from services import cluster
+from services.device import given_device
 from services.precompute import fill_all, show_failures
 from services.present import Progress, say, table
 from trainer import (
@@ -25,6 +26,7 @@ from trainer import (
     refuse_other_classes,
     select_teachers,
     teacher_info,
+    wanted_record,
     with_candidates,
 )
 
@@ -154,15 +156,19 @@ def show_order(order: Order) -> None:
 def _settings(candidates: Recipe) -> dict[str, Any]:
     """All that decides the order, as plain JSON."""
     options = candidates.order.model_dump(include={"images", "max_teachers", "ridge", "positions", "seed"})
-    infos = {name: teacher_info(candidates, name) for name in candidates.teachers}
     images = read_annotations(candidates.dataset.train.ann_file, "dataset.train.ann_file").images
     return {
         "order": options,
-        "fingerprints": {name: info.digest for name, info in infos.items()},
+        "fingerprints": {name: _fingerprint(candidates, name) for name in candidates.teachers},
         "aps": {name: spec.ap for name, spec in candidates.teachers.items() if name != STUDENT},
-        "train": make_plan(images, candidates.policy, infos[STUDENT]).dataset_digest,
+        "train": make_plan(images, candidates.policy, teacher_info(candidates, STUDENT)).dataset_digest,
         "val": _val_digest(candidates),
     }
+
+
+def _fingerprint(candidates: Recipe, name: str) -> str:
+    """Of what decides a model's features, whichever group of the cache holds them: that may go, and the order stays."""
+    return fingerprint(wanted_record(candidates, name))
 
 
 def _kept(recipe: Recipe, settings: dict[str, Any]) -> Order | None:
@@ -177,7 +183,7 @@ def _accuracy(recipe: Recipe, candidates: Recipe, name: str) -> float:
     given = recipe.teachers[name].ap
     if given is not None:
         return given
-    key = f"{teacher_info(candidates, name).digest}-{_val_digest(recipe)}"
+    key = f"{_fingerprint(candidates, name)}-{_val_digest(recipe)}"
     content = _read(recipe)
     evaluated = content.get("evaluated", {})
     if key not in evaluated:
@@ -191,13 +197,18 @@ def _accuracy(recipe: Recipe, candidates: Recipe, name: str) -> float:
 def _evaluate(recipe: Recipe, name: str) -> float:
     cluster.connect()
     wanted = cluster.demand(recipe.actors.cpus, recipe.actors.gpus, 1)
-    task = ray.remote(evaluate_teacher).options(num_cpus=wanted.cpus, num_gpus=wanted.gpus)
+    task = ray.remote(_evaluate_here).options(num_cpus=wanted.cpus, num_gpus=wanted.gpus)
     try:
         return float(ray.get(task.remote(recipe, name, Path(recipe.work_dir) / "evaluations" / name)))
     except RayTaskError as error:
         if isinstance(error.cause, MtpdError):
             raise error.cause from None
         raise
+
+
+def _evaluate_here(recipe: Recipe, name: str, work_dir: Path) -> float:
+    given_device("actors.gpus", "its evaluation", f"teachers.{name}", TeacherLoadError)
+    return evaluate_teacher(recipe, name, work_dir)
 
 
 def _open(candidates: Recipe, name: str) -> TeacherCache:

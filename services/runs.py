@@ -77,7 +77,7 @@ class Run:
     Attributes:
         recipe: what ``recipe.json`` holds; empty without one.
         fills: per teacher the records of its precomputes, the oldest first.
-        order: what ``order.json`` holds; None without one.
+        order: what ``order.json`` holds; None without one, or where it holds measured accuracies alone.
     """
 
     name: str
@@ -177,6 +177,8 @@ def read_run(folder: Path) -> Run:
         if isinstance(content, dict) and isinstance(content.get("runs"), list):
             fills[str(content["teacher"])] = content["runs"]
     order = read_json(folder / "order.json")
+    if isinstance(order, dict) and order.keys() <= {"evaluated"}:
+        order = None  # an order that was interrupted: the accuracies measured by then are kept for the next one
     _require(recipe.get("cache", {}))
     for record in (record for records in fills.values() for record in records):
         _require(record, "group", "computed", "failures", "seconds", "written_bytes", "device_share", "ended")

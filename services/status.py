@@ -5,7 +5,7 @@ stages, the work_dir).
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from cache import (
     read_progress,
 )
 from services.maintain import Target
+from services.order import decided_if_known
 from services.precompute import used_teachers
 from services.present import ago, complain, duration, say, table
 from services.records import read_json
@@ -284,12 +285,28 @@ def _stage_row(stage: StageStatus) -> list[object]:
 
 
 def watch(target: Target, seconds: float) -> None:
-    """Show it again every few seconds, until interrupted or until nothing is under way."""
+    """Show it again every few seconds, until it is over (see `is_over`) or interrupted."""
     while True:
+        if target.recipe is not None:  # an order that was not known at first
+            target = replace(target, recipe=decided_if_known(target.recipe))
         found = status(target)
         say(time.strftime("%H:%M:%S"))
         show(found)
-        under_way = [g.state == "running" for g in found.groups] + [s.state == "training" for s in found.stages]
-        if not any(under_way):
+        if is_over(found):
             return
         time.sleep(seconds)
+
+
+def is_over(found: Status) -> bool:
+    """Whether nothing more is to come: every stage is done, or, of a cache alone, every group is complete; or one of them
+    failed or was interrupted, and no other is under way.
+
+    A stage that is done needs its rows no more: they may be gone, or have been computed only where it read them. Neither a job
+    that has not begun nor one between two of its parts is over.
+    """
+    groups, stages = {group.state for group in found.groups}, {stage.state for stage in found.stages}
+    if "running" in groups or "training" in stages:
+        return False
+    if groups & {"failed", "interrupted"}:
+        return True
+    return stages == {"done"} if stages else groups == {"complete"}

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchTrainer
+from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from cache import MtpdError
 from services import cluster, logs
+from services.device import given_device
 from services.metrics import publish_pulse
 from services.present import duration, say
 from services.records import keep_recipe, record_use
@@ -89,8 +90,12 @@ def fit_stage(recipe: Recipe, stage: int, targets: TargetSource, name: str) -> N
             with cluster.own_interrupts():
                 _trainer(recipe, stage, targets).fit()
             return
+        except ControllerError as error:
+            if (fault := _users_fault(error.controller_failure)) is not None:
+                raise fault from None
+            raise
         except WorkerGroupError as error:
-            if (fault := _users_fault(error)) is not None:
+            if (fault := _users_fault(*error.worker_failures.values())) is not None:
                 raise fault from None
             now = latest_checkpoint(folder)
             fruitless = 1 if now != before else fruitless + 1
@@ -108,6 +113,7 @@ def _trainer(recipe: Recipe, stage: int, targets: TargetSource) -> TorchTrainer:
     workers, each = recipe.training.workers, cluster.training_demand(recipe)
     return TorchTrainer(
         _work,
+        torch_config=_Torch(),
         train_loop_config={"recipe": recipe, "stage": stage, "targets": targets, "log": logs.style()},
         scaling_config=ScalingConfig(
             num_workers=workers.max if workers.min == workers.max else (workers.min, workers.max),
@@ -118,9 +124,24 @@ def _trainer(recipe: Recipe, stage: int, targets: TargetSource) -> TorchTrainer:
     )
 
 
-def _users_fault(error: WorkerGroupError) -> MtpdError | None:
-    for failure in error.worker_failures.values():
-        for cause in (failure, failure.__cause__, getattr(failure, "cause", None)):
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Ray's, whose own words for a GPU that torch cannot use are a page about NCCL."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(given_device, "training.gpus", "a training worker")
+        super().on_start(worker_group, backend_config)
+
+
+class _Torch(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
+def _users_fault(*failures: Exception) -> MtpdError | None:
+    for failure in failures:
+        # the cause first: Ray's own error is of its type too, with a traceback for a message
+        for cause in (getattr(failure, "cause", None), failure.__cause__, failure):
             if isinstance(cause, MtpdError):
                 return cause
     return None

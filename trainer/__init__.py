@@ -49,6 +49,7 @@ from trainer.order import (
     Selection,
     adaptation_costs,
     choose_rows,
+    refuse_unordered,
     select_teachers,
     with_candidates,
 )
@@ -152,6 +153,7 @@ __all__ = [
     "read_annotations",
     "read_pulse",
     "refuse_other_classes",
+    "refuse_unordered",
     "select_teachers",
     "service_name",
     "service_url",

@@ -42,6 +42,29 @@ FloatArray = npt.NDArray[np.float64]
 Key = tuple[int, int]  # image id, view
 
 
+def refuse_unordered(recipe: Recipe) -> None:
+    """Refuse a recipe whose teachers cannot be put in order.
+
+    Raises:
+        RecipeError: no teachers, a teacher has the student's name, or the student has no checkpoint or sees reduced views.
+    """
+    if not recipe.teachers:
+        raise RecipeError("teachers: there are none to put in order.")
+    if STUDENT in recipe.teachers:
+        raise RecipeError(f"teachers.{STUDENT}: the order of teachers needs this name for the student; choose another.")
+    if recipe.student.input_scale != 1:
+        raise RecipeError(
+            "student.input_scale: the order of teachers compares features of whole views, which this student does not see. "
+            "Name the stages, or find the order with scale 1."
+        )
+    if recipe.student.checkpoint is None:
+        raise RecipeError(
+            "student.checkpoint: the order of teachers compares the features of a trained student with theirs, and there is "
+            "none. Give one, or train the student alone first: a recipe with `stages: [{epochs: 12}]` leaves it in "
+            "WORK_DIR/stage-1/student.pth."
+        )
+
+
 def with_candidates(recipe: Recipe) -> Recipe:
     """The recipe with the student as a teacher too, named ``student``, and a stage for every teacher.
 
@@ -50,24 +73,10 @@ def with_candidates(recipe: Recipe) -> Recipe:
     mechanisms of ``order``. Where these want no features, plain feature matching joins them.
 
     Raises:
-        RecipeError: no teachers, the student has no checkpoint, or a teacher has its name.
+        RecipeError: see `refuse_unordered`.
     """
-    if not recipe.teachers:
-        raise RecipeError("teachers: there are none to put in order.")
-    if STUDENT in recipe.teachers:
-        raise RecipeError(f"teachers.{STUDENT}: the order of teachers needs this name for the student; choose another.")
+    refuse_unordered(recipe)
     spec = recipe.student
-    if spec.input_scale != 1:
-        raise RecipeError(
-            "student.input_scale: the order of teachers compares features of whole views, which this student does not see. "
-            "Name the stages, or find the order with scale 1."
-        )
-    if spec.checkpoint is None:
-        raise RecipeError(
-            "student.checkpoint: the order of teachers compares the features of a trained student with theirs, and there is "
-            "none. Give one, or train the student alone first: a recipe with `stages: [{epochs: 12}]` leaves it in "
-            "WORK_DIR/stage-1/student.pth."
-        )
     model = plain_dict(load_config(spec.config, spec.cfg_options, "student.config").model)
     classes = len(read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").classes)
     student = TeacherSpec(

@@ -237,9 +237,13 @@ class ApplySampledView(BaseTransform):
         return Loaded(results, content, place)
 
 
+class _RefusedPartnerError(Exception):
+    """A transform has looked at an image that cannot be its partner."""
+
+
 class _Partners:
     """The data set as the mixing transforms of one view see it: every image of the annotation file, loaded and put through
-    what stands before the first of them; None where that refuses an image. So mmdet's MultiImageMixDataset nests them.
+    what stands before the first of them. So mmdet's MultiImageMixDataset nests them.
     """
 
     def __init__(self, view: ApplySampledView, own: Loaded, *key: int) -> None:
@@ -251,7 +255,19 @@ class _Partners:
     def __len__(self) -> int:
         return len(self._view._data)
 
-    def __getitem__(self, place: int) -> dict[str, Any] | None:
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        """An image, for a transform that chooses by what is in it.
+
+        Raises:
+            _RefusedPartnerError: what stands before refuses it.
+        """
+        made = self.made(place)
+        if made is None:
+            raise _RefusedPartnerError(place)
+        return made
+
+    def made(self, place: int) -> dict[str, Any] | None:
+        """An image, or None where what stands before refuses it."""
         if place not in self._made:
             loaded = self._own if place == self._own.place else self._load(place)
             results, dice = loaded.results, Dice(*self._key, place)
@@ -274,9 +290,13 @@ def _apply(transform: Any, results: dict[str, Any], partners: _Partners, dice: D
     """One transform, as mmdet's MultiImageMixDataset applies it; None if it, or every partner, is refused on every try."""
     if hasattr(transform, "get_indexes"):
         for _ in range(_TRIES):
-            with dice:
-                places = transform.get_indexes(partners)
-            mixed = [partners[place] for place in (places if isinstance(places, Sequence) else [places])]
+            try:
+                with dice:
+                    places = transform.get_indexes(partners)
+            except _RefusedPartnerError:  # the next try draws on from here
+                continue
+            # all of them, also behind one that is refused: the view's checksum is of every file that was looked at
+            mixed = [partners.made(place) for place in (places if isinstance(places, Sequence) else [places])]
             if None not in mixed:
                 break
         else:
