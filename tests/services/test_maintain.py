@@ -16,7 +16,7 @@ from tests import models
 from tests.cache import make
 from tests.cache.fixtures.write import HERE
 from tests.trainer import precompute
-from trainer import load_recipe, stage_dir
+from trainer import STUDENT, choose_rows, load_recipe, parse_recipe, stage_dir, with_candidates
 
 GROUP = make.info()
 
@@ -136,6 +136,33 @@ def test_whole_groups_go_only_when_the_recipe_is_done_with_them(data: Path, tmp_
     assert not list((tmp_path / "cache").glob("small-*"))
     with pytest.raises(RecipeError, match=r"gc RECIPE\.yaml"):
         raise run("gc", str(tmp_path / "cache"), "--finished")[2] or AssertionError
+
+
+@pytest.mark.parametrize("change", ["half scale", "no teachers", "a teacher of that name", "no checkpoint"])
+def test_the_students_group_stops_no_gc_of_a_recipe_that_has_no_order(data: Path, tmp_path: Path, change: str) -> None:
+    content = models.recipe(data, tmp_path)
+    content["student"]["checkpoint"] = str(models.checkpoint("retinanet-r18", data, seed=1))
+    candidates = with_candidates(parse_recipe(content, "test"))
+    precompute.fill(candidates, STUDENT, choose_rows(range(1, 21), 2, 4))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    assert "superseded" not in run("gc", str(file), "--superseded")[1]
+    if change == "half scale":
+        content["student"]["input_scale"] = 0.5
+    elif change == "no teachers":
+        content |= {"teachers": {}, "stages": [{"epochs": 1}]}
+    elif change == "no checkpoint":
+        del content["student"]["checkpoint"]
+    else:
+        content["teachers"][STUDENT] = content["teachers"].pop("swin")
+        content["stages"][1]["teacher"] = STUDENT
+    file.write_text(yaml.safe_dump(content))
+    code, output, error = run("gc", str(file))
+    assert (code, error) == (0, None)
+    assert "superseded" not in output
+    code, output, error = run("gc", str(file), "--superseded")
+    assert (code, error) == (0, None)
+    assert "superseded" in output  # the one group that there is
 
 
 def test_groups_of_format_version_1_are_left_alone(tmp_path: Path) -> None:

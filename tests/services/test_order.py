@@ -1,6 +1,7 @@
 """`mtpd order` and `stages: auto`, from order.json and on a cluster."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typer.testing import CliRunner
 
 from cache import MtpdError, RecipeError, TeacherCache
 from services.cli import app
+from services.order import decided, find_order
 from tests import models
 from tests.trainer import precompute
-from trainer import STUDENT, choose_rows, parse_recipe, with_candidates
+from trainer import STUDENT, choose_rows, parse_recipe, teacher_info, with_candidates
 
 
 def run(*arguments: str) -> tuple[int, str, MtpdError | None]:
@@ -80,6 +82,38 @@ def test_the_order_is_kept_and_found_again_when_what_it_follows_from_changes(dat
     code, output, _ = run("config", file, "--stage", "1")
     assert "teacher='small'" in output
     assert "has 1 stages" in str(run("config", file, "--stage", "2")[2])
+
+
+def test_a_known_order_stays_when_a_larger_group_that_served_it_is_removed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = auto(data, tmp_path)
+    crosskd = [{"teacher": "small", "mechanisms": [{"type": "CrossKDLoss"}], "epochs": 1}]
+    larger = parse_recipe({**content, "stages": crosskd}, "test")
+    precompute.fill(larger, "small")
+    recipe = parse_recipe(content, "test")
+    candidates = with_candidates(recipe)
+    serving = teacher_info(larger, "small").name
+    assert teacher_info(candidates, "small").name == serving
+    for name in ("swin", STUDENT):
+        precompute.fill(candidates, name, choose_rows(range(1, 21), 2, 8))
+    order = find_order(recipe)
+    shutil.rmtree(tmp_path / "cache" / serving)
+    assert decided(recipe) == recipe.with_sequence(order.sequence)
+    # an accuracy that was measured is kept too, and so it is while the larger group is there
+    accuracies = json.loads((tmp_path / "work/order.json").read_text()) | {"evaluated": {}}
+    (tmp_path / "work/order.json").write_text(json.dumps(accuracies))
+    content["teachers"]["small"].pop("ap")
+    recipe = parse_recipe(content, "test")
+    asked: list[str] = []
+    monkeypatch.setattr("services.order._evaluate", lambda _recipe, name: asked.append(name) or 12.0)
+    precompute.fill(larger, "small")
+    assert find_order(recipe).aps["small"] == 12
+    shutil.rmtree(tmp_path / "cache" / serving)
+    precompute.fill(candidates, "small", choose_rows(range(1, 21), 2, 8))
+    content["order"]["ridge"] = 1e-3
+    assert find_order(parse_recipe(content, "test")).aps["small"] == 12
+    assert asked == ["small"]
 
 
 def test_auto_needs_teachers_and_mechanisms(data: Path, tmp_path: Path) -> None:

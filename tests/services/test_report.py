@@ -16,7 +16,7 @@ from services.charts import Band, Line, line_chart
 from services.precompute import FillResult
 from services.records import keep_recipe, record_fill
 from services.report import write_report
-from services.runs import read_run
+from services.runs import find_runs, read_run
 from tests import models
 from tests.trainer import precompute
 from trainer import Recipe, parse_recipe, take_pictures, train_stage
@@ -202,6 +202,17 @@ def test_several_runs_a_study_and_an_order_with_names_that_are_markup(made, tmp_
     (tmp_path / "study.json").write_text('{"arms": {}}')
     with pytest.raises(RecipeError, match="not a file of results"):
         write_report(tmp_path / "work", study=tmp_path / "study.json", images=0)
+
+
+def test_a_run_whose_order_was_interrupted_has_no_order_yet(made, tmp_path: Path) -> None:
+    _, folder = made
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("*.pth"))
+    file = tmp_path / "run" / "order.json"
+    file.write_text('{"evaluated": {"0123-4567": 12.5}}')  # after the first teacher's evaluation
+    assert [run.order for run in find_runs(tmp_path / "run")] == [None]
+    file.write_text('{"evaluated": {}, "costs": {}}')
+    with pytest.raises(RecipeError, match="Delete the damaged file"):
+        find_runs(tmp_path / "run")
 
 
 def test_records_of_precomputes_accumulate_and_a_recipe_with_credentials_is_not_written(made, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from tests import models
 from tests.cache import make
 from tests.cache.object_store import Bucket, bucket  # noqa: F401 - a fixture
 from tests.trainer import precompute
-from trainer import Failure, load_recipe, stage_dir, train_stage
+from trainer import Failure, load_recipe, parse_recipe, stage_dir, teacher_info, train_stage
 
 GROUP = make.info()
 LOST = Failure(6, 1, "6.jpg", "cannot be decoded")
@@ -119,6 +121,59 @@ def test_gc_and_verify_leave_the_record_alone_and_a_damaged_one_is_none(tmp_path
         assert read_progress(storage, GROUP.name) is None
         found = state.group_status(storage, GROUP)
         assert (found.state, found.rows, found.planned) == ("complete", 12, 12)
+
+
+class Steps:
+    """Time, in which watching waits for the next thing to happen instead of seconds."""
+
+    def __init__(self, *steps: Callable[[], object]) -> None:
+        self.left = list(steps)
+        self.time, self.strftime = time.time, time.strftime
+
+    def sleep(self, _seconds: float) -> None:
+        self.left.pop(0)()
+
+
+def test_watching_a_job_goes_on_between_its_parts_until_its_last_stage_is_done(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parse_recipe(models.recipe(data, tmp_path), "test")
+    target = state.Target(open_storage(recipe.cache.uri), recipe)
+
+    def done(stage: int) -> None:
+        stage_dir(recipe, stage).mkdir(parents=True)
+        (stage_dir(recipe, stage) / "result.json").write_text('{"metrics": {}}')
+
+    def removed(teacher: str) -> None:  # `mtpd gc --finished`
+        shutil.rmtree(tmp_path / "cache" / teacher_info(recipe, teacher).name)
+
+    steps = Steps(
+        lambda: precompute.fill(recipe, "small"),
+        lambda: precompute.fill(recipe, "swin"),
+        lambda: done(1),
+        lambda: removed("small"),
+        lambda: done(2),
+    )
+    monkeypatch.setattr(state, "time", steps)
+    state.watch(target, 1)
+    assert steps.left == []
+
+
+def test_watching_a_cache_ends_when_its_groups_are_complete_or_one_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(tmp_path)
+    steps = Steps(lambda: compute(storage, 1), lambda: compute(storage))
+    monkeypatch.setattr(state, "time", steps)
+    state.watch(state.Target(storage, None), 1)
+    assert steps.left == []
+    (tmp_path / "other").mkdir()
+    storage = LocalStorage(tmp_path / "other")
+    compute(storage, 1)
+    plan = make.plan(storage, GROUP, make.images(6))
+    with Lease(storage, GROUP.name) as lease, pytest.raises(OSError, match="full"), Journal(storage, plan, lease, 1):
+        raise OSError("the disk is full")
+    state.watch(state.Target(storage, None), 1)
 
 
 def test_stages_of_a_recipe(data: Path, tmp_path: Path) -> None:

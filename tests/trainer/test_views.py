@@ -185,6 +185,27 @@ def test_a_partner_that_cannot_be_read_is_named(data: Path, tmp_path: Path) -> N
     )
 
 
+def test_a_mixing_transform_that_looks_at_an_image_without_objects_draws_another(data: Path, tmp_path: Path) -> None:
+    refusing = {"type": "FilterAnnotations", "min_gt_bbox_wh": [1, 1], "keep_empty": True}
+    recipe = sampled(data, tmp_path, [refusing, *MOSAIC], count=4)
+    computer = UnitComputer(
+        Teacher(recipe.teachers["small"], "small"),
+        info := teacher_info(recipe, "small"),
+        recipe.policy,
+        recipe.dataset.train,
+        batch_size=1,
+    )
+    images = read_annotations(recipe.dataset.train.ann_file, "test").images
+    content = json.loads(Path(recipe.dataset.train.ann_file).read_text())
+    empty = set(images.ids.tolist()) - {annotation["image_id"] for annotation in content["annotations"]}
+    assert empty
+    failed = [
+        failure for unit in make_plan(images, recipe.policy, info).units() for failure in computer.decode(unit)[1]
+    ]
+    assert sorted((f.image_id, f.view) for f in failed) == [(i, view) for i in sorted(empty) for view in range(4)]
+    assert all("(FilterAnnotations) refuses it 15 times" in f.reason for f in failed)
+
+
 @TRANSFORMS.register_module()
 class OwnGenerator(BaseTransform):
     """A transform whose randomness nobody seeds."""
