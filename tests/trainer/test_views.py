@@ -186,7 +186,7 @@ def test_a_partner_that_cannot_be_read_is_named(data: Path, tmp_path: Path) -> N
 
 
 def test_a_mixing_transform_that_looks_at_an_image_without_objects_draws_another(data: Path, tmp_path: Path) -> None:
-    refusing = {"type": "FilterAnnotations", "min_gt_bbox_wh": [1, 1], "keep_empty": True}
+    refusing = {"type": "RandomCrop", "crop_type": "relative", "crop_size": [1.0, 1.0], "allow_negative_crop": False}
     recipe = sampled(data, tmp_path, [refusing, *MOSAIC], count=4)
     computer = UnitComputer(
         Teacher(recipe.teachers["small"], "small"),
@@ -203,7 +203,7 @@ def test_a_mixing_transform_that_looks_at_an_image_without_objects_draws_another
         failure for unit in make_plan(images, recipe.policy, info).units() for failure in computer.decode(unit)[1]
     ]
     assert sorted((f.image_id, f.view) for f in failed) == [(i, view) for i in sorted(empty) for view in range(4)]
-    assert all("(FilterAnnotations) refuses it 15 times" in f.reason for f in failed)
+    assert all("(RandomCrop) refuses it 15 times" in f.reason for f in failed)
 
 
 @TRANSFORMS.register_module()
