@@ -50,8 +50,7 @@ again() {
 ended() {
     trap '' USR1 TERM
     echo "stopped by Slurm; what is committed stays"
-    stop
-    exit 143
+    exit 143 # through `stop`
 }
 trap stop EXIT
 trap again USR1

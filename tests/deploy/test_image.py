@@ -71,7 +71,7 @@ def test_the_head_can_set_up_nodes_and_a_container_sees_gpus() -> None:
     assert {"compute", "utility"} <= set(environment["NVIDIA_DRIVER_CAPABILITIES"].split(","))
 
 
-def test_what_pip_is_told_to_install_by_name_is_pinned_and_all_that_ray_asks_aws_with() -> None:
+def test_what_is_installed_by_name_is_pinned_and_the_launchers_client_of_aws_is_of_it() -> None:
     pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements" / "constraints.txt").read_text(), re.MULTILINE))
     lines = re.findall(r"pip install ([^&\n]*)", TEXT.replace("\\\n", " "))
     names = {word for line in lines for word in line.split() if re.fullmatch(r"[a-z][\w-]*", word)}
