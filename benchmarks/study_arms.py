@@ -42,10 +42,12 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 }
 GRID = {
     "PKD": (0.5, 2.0, 6.0),
-    "feature matching": (0.1, 0.3, 1.0),
-    "MGD": (1e-6, 1e-5),
-    "CWD": (1.0, 5.0),
-    "FGD": (0.1, 1.0),
+    "feature matching": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    "MGD": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+    "CWD": (1.0, 5.0, 20.0, 80.0),
+    "FGD": (0.01, 0.1, 1.0, 10.0, 100.0),
+    "class logits": (1.0, 5.0, 20.0),
+    "CrossKD": (1.0, 5.0, 20.0),
 }
 SAMPLED = (1, 2, 4, 8, 16)
 CORE = ("alone", "inherited", "direct", "progressive")

@@ -19,6 +19,7 @@ _INT4_MAX = 7
 _BINS = 256
 _CANDIDATES = 64
 _SAMPLE = 4096
+_MOST_GROWTH = 1.1
 _CPU_BLOCK = 2**18
 # magnitudes are measured in steps of a channel's peak, which must not be too small to divide by
 _SMALLEST = 1e-30
@@ -183,14 +184,18 @@ def _int4_steps(rows: Tensor, peaks: Tensor) -> Tensor:
     bins = (sample * (_BINS / peaks)[:, None]).nan_to_num_(0, 0, 0).clamp_(0, _BINS - 1).to(torch.int64)
     offsets = torch.arange(peaks.shape[0], device=peaks.device)[:, None] * _BINS
     counts = torch.bincount((bins + offsets).flatten(), minlength=peaks.shape[0] * _BINS).view(-1, _BINS).double()
+    if sample.shape[1] < rows.shape[1]:
+        counts[:, -1] += sample.shape[1] / rows.shape[1]  # the peak, which the sample may have missed
     best = (counts @ _clipping_errors(peaks.device)).argmin(dim=1) + 1
     return peaks * best.float() / (_CANDIDATES * _INT4_MAX)
 
 
 def _unshrunk(norms: Tensor, numbers: Tensor, nearest: Tensor) -> Tensor:
-    """(R,): the factor by which restored channels must grow for their regression on the original ones to have slope 1."""
+    """(R,): by how much restored channels must grow for their regression on the original ones to have slope 1; bounded."""
     common = (numbers * nearest).sum(dim=1).double()
-    return torch.where(common > 0, norms.double().square() / common, torch.ones_like(common)).float()
+    grown = torch.where(common > 0, norms.double().square() / common, torch.ones_like(common))
+    # what is clipped of an outlier shrinks it too: to make up for that would blow up all the others
+    return grown.clamp_(max=_MOST_GROWTH).float()
 
 
 @lru_cache(maxsize=8)

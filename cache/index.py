@@ -13,8 +13,8 @@ from cache.layout import bucket_size
 
 _ABSENT = -1
 _ROW_BITS = 40
+MAX_VIEWS = 2**10
 _MAX_UNIT_ROWS = 2**20
-_MAX_VIEWS = 2**10
 _STEP = 1024
 IntArray = npt.NDArray[np.int64]
 
@@ -118,7 +118,7 @@ class Index:
         ids, views, rows, sources = (table[name].to_numpy() for name in ("image_id", "view", "row", "source"))
         if rows.min() < 0 or rows.max() >= 1 << _ROW_BITS:
             raise ValueError("a row's number is out of range")
-        if views.min() < 0 or views.max() >= _MAX_VIEWS:
+        if views.min() < 0 or views.max() >= MAX_VIEWS:
             raise ValueError("a view's number is out of range")
         places = (codes << _ROW_BITS)[local] | rows
         if not bool((ids[1:] >= ids[:-1]).all()):

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ class _Holder:
 
     run: str
     host: str
+    processes: str
     pid: int
     started: str
     since: float
@@ -55,14 +57,16 @@ class Lease:
         self._content: bytes | None = None
         self._stop = threading.Event()
         self._lost = threading.Event()
-        now = time.time()
+        now, started = time.time(), ""
         pid = os.getpid()
-        self._me = _Holder(uuid.uuid4().hex, socket.gethostname(), pid, _process_start(pid), now, now)
+        with suppress(OSError):  # another system: its processes are told apart by their ids alone
+            started = _process_start(pid)
+        self._me = _Holder(uuid.uuid4().hex, socket.gethostname(), _processes(), pid, started, now, now)
 
     def __enter__(self) -> "Lease":
         current = self._read()
         if current is not None and not _is_dead(current):
-            self._watch(current)
+            current = self._watch(current)
         mine = self._me.to_bytes()
         if not self._storage.swap(self._path, current, mine):
             raise LeaseHeldError(self._held_by(self._read()))
@@ -95,8 +99,12 @@ class Lease:
         if self._lost.is_set():
             raise LeaseHeldError(self._held_by(self._read()))
 
-    def _watch(self, current: bytes) -> None:
-        """Wait until the lease was not renewed for its full time; an error as soon as it is."""
+    def _watch(self, current: bytes) -> bytes | None:
+        """Wait until the lease was not renewed for its full time, or was given back; an error as soon as it is renewed.
+
+        Returns:
+            What is to be replaced: nothing where it was given back.
+        """
         if self._is_local(current):
             raise LeaseHeldError(self._held_by(current))
         deadline = time.monotonic() + self._seconds
@@ -104,9 +112,10 @@ class Lease:
             time.sleep(min(0.2, self._seconds / 10))
             latest = self._read()
             if latest is None:
-                break
+                return None
             if latest != current:
                 raise LeaseHeldError(self._held_by(latest))
+        return current
 
     def _renew(self) -> None:
         while not self._stop.wait(self._seconds / 3):
@@ -131,8 +140,7 @@ class Lease:
             return None
 
     def _is_local(self, content: bytes) -> bool:
-        holder = _parse(content)
-        return holder is not None and holder.get("host") == socket.gethostname()
+        return _is_of_here(_parse(content) or {})
 
     def _held_by(self, content: bytes | None) -> str:
         holder = (_parse(content) if content else None) or {}
@@ -223,18 +231,41 @@ def _is_dead(content: bytes) -> bool:
     holder = _parse(content)
     if holder is None:
         return True
-    if holder.get("host") != socket.gethostname():
+    if not _is_of_here(holder):
         return False
     pid = holder.get("pid")
-    return not isinstance(pid, int) or _process_start(pid) != holder.get("started")
+    if not isinstance(pid, int):
+        return True
+    try:
+        return _process_start(pid) != holder.get("started")
+    except OSError:
+        return False  # nobody can tell
+
+
+def _is_of_here(holder: dict[str, Any]) -> bool:
+    """Whether a holder's process, if it lives, can be seen from here: two containers of one host name cannot see each other's."""
+    return (holder.get("host"), holder.get("processes")) == (socket.gethostname(), _processes())
+
+
+def _processes() -> str:
+    """Names the processes that can be seen from here: the kernel's namespace of them; empty where there is no such thing."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
 
 
 def _process_start(pid: int) -> str:
-    """Boot and start time of a process, so that a reused pid is not taken for it; empty if there is none."""
+    """Boot and start time of a process, so that a reused pid is not taken for it; empty if there is none.
+
+    Raises:
+        OSError: that cannot be seen here, as where ``/proc`` hides the processes of others.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
+        Path("/proc/1/stat").read_text()  # of somebody else: is seen unless others are hidden
         return ""
     # a zombie has ended: it only waits for its parent to look
     return "" if fields[0] == "Z" else f"{boot}:{fields[19]}"

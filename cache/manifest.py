@@ -1,7 +1,6 @@
 """The record of committed rows: one Parquet part a unit, compacted from time to time. A row not in it does not exist."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +112,28 @@ def read_tables(storage: Storage, info: GroupInfo, columns: Sequence[str]) -> It
             continue  # compacted away between the listing and the read: the compacted manifest has it now
     yield from parts
     # read after the parts: what was compacted meanwhile is then found here
-    with suppress(FileNotFoundError):
-        yield from read_one(storage, f"{info.name}/{MANIFEST}", info, columns)
+    yield from _read_compacted(storage, info, columns)
+
+
+def _read_compacted(storage: Storage, info: GroupInfo, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The compacted manifest; nothing where there never was one.
+
+    Raises:
+        CorruptShardError: it is damaged, or lost: it is written before its copy, and removed behind it.
+    """
+    name = f"{info.name}/{MANIFEST}"
+    for lost in (False, True):
+        try:
+            yield from read_one(storage, name, info, columns)
+            return
+        except FileNotFoundError as error:
+            if not storage.exists(f"{info.name}/{MANIFEST_COPY}"):
+                return
+            if lost:  # a compaction that wrote both after the first look was not the reason
+                raise CorruptShardError(
+                    f"{storage.where(name)}: is missing, and its copy is there. Run `mtpd verify {storage.where()} --repair`, "
+                    "which restores it."
+                ) from error
 
 
 def read_one(storage: Storage, name: str, info: GroupInfo, columns: Sequence[str]) -> Iterator[pa.Table]:

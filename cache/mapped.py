@@ -4,6 +4,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 
@@ -12,8 +13,11 @@ from cache.layout import ArraySpec, GroupInfo
 from cache.shard import Bytes, DamagedBytesError, Tail
 from cache.storage import LocalStorage
 
-# a process may hold 65,530 maps by Linux's default; the rest is left to others
-_MAX_MAPS = 16_384
+# a process may hold 65,530 maps by Linux's default; the rest is left to others. All readers of a process share them
+_ALL_MAPS, _MAX_MAPS = 49_152, 16_384
+# views into maps, 160 bytes each: units of small rows have many
+_MAX_VIEWS = 2**20
+_readers: "WeakSet[MappedRows]" = WeakSet()
 # no row's label: those have 64 bits
 _NONE = -1
 
@@ -40,10 +44,12 @@ class _Unit:
 
     Attributes:
         visible: whether the kernel says which pages are in memory.
+        maps: how many of them it holds.
     """
 
     rows: list[_Row | None]
     visible: bool
+    maps: int
 
 
 class MappedRows:
@@ -56,6 +62,8 @@ class MappedRows:
     def __init__(self, storage: LocalStorage, info: GroupInfo, *, verify: bool) -> None:
         self._storage, self._info, self._verify = storage, info, verify
         self._units: OrderedDict[tuple[str, int], _Unit] = OrderedDict()
+        self._maps = self._views = 0
+        _readers.add(self)
 
     def read(
         self, arrays: Sequence[ArraySpec], bucket: str, unit: int, slots: int, slot: int, label: int | None
@@ -72,8 +80,10 @@ class MappedRows:
         mapped = self._units.get(key)
         if mapped is None:
             mapped = self._units[key] = self._map_unit(arrays, bucket, unit, slots)
-            if len(self._units) * len(arrays) > _MAX_MAPS:
-                self._units.popitem(last=False)
+            self._count(mapped, 1)
+            most = min(_MAX_MAPS, _ALL_MAPS // len(_readers))
+            while len(self._units) > 1 and (self._maps > most or self._views > _MAX_VIEWS):
+                self._count(self._units.popitem(last=False)[1], -1)
         else:
             self._units.move_to_end(key)
         row = mapped.rows[slot]
@@ -94,14 +104,19 @@ class MappedRows:
 
     def forget(self, bucket: str, unit: int) -> None:
         """Map a unit anew when it is read next: it was written anew."""
-        self._units.pop((bucket, unit), None)
+        if (mapped := self._units.pop((bucket, unit), None)) is not None:
+            self._count(mapped, -1)
+
+    def _count(self, mapped: _Unit, sign: int) -> None:
+        self._maps += sign * mapped.maps
+        self._views += sign * mapped.maps * len(mapped.rows)
 
     def _map_unit(self, arrays: Sequence[ArraySpec], bucket: str, unit: int, slots: int) -> _Unit:
         shards = [self._map(array, bucket, unit, slots) for array in arrays]
         names = [shard.array_label(self._info.name, bucket, array.name) for array in arrays]
         rows = [self._row(shards, names, slot) for slot in range(slots)]
         finest = self._storage.path(arrays[0].shard(self._info.name, bucket, unit))
-        return _Unit(rows, os.access(finest, os.W_OK))
+        return _Unit(rows, os.access(finest, os.W_OK), len(arrays))
 
     def _row(self, shards: Sequence[tuple[Bytes, Tail]], names: Sequence[int], slot: int) -> _Row | None:
         if any(tail.offsets[slot] < 0 for _, tail in shards):

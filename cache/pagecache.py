@@ -5,9 +5,10 @@ cold row took four times as long as one large read. On other systems than Linux 
 """
 
 import ctypes
+import os
 import sys
 
-_PAGE = 4096
+_PAGE = os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 4096
 _RANDOM, _WILLNEED = 1, 3
 _BEGIN_WRITING = 2
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None

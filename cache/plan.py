@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cache import shard
-from cache.errors import StaleCacheError
-from cache.index import Index
+from cache.errors import RecipeError, StaleCacheError
+from cache.index import MAX_VIEWS, Index
 from cache.layout import GroupInfo, bucket_name, unit_name
 from cache.views import IntArray, Policy, padded
 
@@ -276,12 +276,17 @@ def make_plan(
 
     Raises:
         StaleCacheError: a committed row belongs to another image of the same id.
+        RecipeError: too many views, or one in which an image has no pixels.
     """
     sources = images.sources()
     if committed is not None:
         _refuse_other_images(images, sources, committed)
     occupied = {} if committed is None else committed.occupied()
     fixed = {} if committed is None else committed.unit_rows
+    if len(policy) > MAX_VIEWS:
+        raise RecipeError(
+            f"views: {len(policy)} of each image, {MAX_VIEWS} at most. Take fewer scales, or a smaller sampled.count."
+        )
     keys = _bucket_keys(images, policy, info.divisor).ravel()
     names, codes, counts = np.unique(keys, return_inverse=True, return_counts=True)
     del keys
@@ -330,6 +335,12 @@ def _bucket_keys(images: Images, policy: Policy, divisor: int) -> IntArray:
     columns = []
     for view in range(len(policy)):
         widths, heights = policy.sizes(view, images.widths, images.heights)
+        if (empty := np.flatnonzero(np.minimum(widths, heights) < 1)).size:
+            at = int(empty[0])
+            raise RecipeError(
+                f"dataset.train.ann_file: image id {images.ids[at]} ({images.file_names[at]}, {images.widths[at]}x"
+                f"{images.heights[at]}) becomes {widths[at]}x{heights[at]} pixels in view {view}. Take it out of the file."
+            )
         columns.append((padded(heights, divisor) << 32) | padded(widths, divisor))
     return np.stack(columns, axis=1)
 

@@ -1,8 +1,9 @@
 """`TeacherCache`: random access to one teacher's targets at the speed of memory."""
 
 import hashlib
+import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ class TeacherCache:
             )
         layout = self._layout(location.bucket)
         rows = self._read(image_id, view, location, layout)
-        return Targets(image_id, view, layout, rows, lambda: self._detections(location))
+        return Targets(image_id, view, layout, rows, lambda: self._detections(image_id, view, location))
 
     def refresh(self) -> None:
         """Take in what was committed since this cache was opened, or since the last call; and what was taken out.
@@ -187,7 +188,8 @@ class TeacherCache:
 
     def _open(self) -> None:
         self._layouts: dict[str, RowLayout] = {}
-        self._parts: OrderedDict[str, dict[int, Detections]] = OrderedDict()
+        # by unit: its detections by row, and the labels of its slots
+        self._parts: OrderedDict[str, tuple[dict[int, Detections], Sequence[int]]] = OrderedDict()
         if isinstance(self._storage, LocalStorage):
             self._rows: Any = MappedRows(self._storage, self.info, verify=self._verify)
             return
@@ -233,21 +235,45 @@ class TeacherCache:
         identity = f"{self._storage.where(self.info.name)}|{self.info.digest}|{','.join(self.levels)}|{self._dense}"
         return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
-    def _detections(self, location: Location) -> Detections:
-        name = unit_name(location.bucket, location.row // self.index.unit_rows[location.bucket])
+    def _detections(self, image_id: int, view: int, location: Location) -> Detections:
+        bucket, slots = location.bucket, self.index.unit_rows[location.bucket]
+        unit, slot = divmod(location.row, slots)
+        name = unit_name(bucket, unit)
         if name not in self._parts:
             path = part(self.info.name, "detections", name)
             try:
                 table = ragged.from_parquet(self._storage.read(path), path, self.info.version)
-            except (ValueError, FileNotFoundError) as error:
+                self._parts[name] = ragged.from_table(table), self._labels(bucket, unit, slots)
+            except (ValueError, FileNotFoundError, DamagedBytesError) as error:
                 raise self._damaged(name, error) from error
-            self._parts[name] = ragged.from_table(table)
             if len(self._parts) > _MAX_PARTS:
                 self._parts.popitem(last=False)
+        detections, labels = self._parts[name]
+        # detections have no label of their own: where a unit was written anew, its rows may be other images'
+        if labels and labels[slot] != shard.row_label(image_id, view, self.index.source(image_id)):
+            raise self._damaged(name, DamagedBytesError(f"slot {slot} holds another row: the unit was written anew"))
         try:
-            return self._parts[name][location.row]
+            return detections[location.row]
         except KeyError as error:
             raise self._damaged(name, error) from error
+
+    def _labels(self, bucket: str, unit: int, slots: int) -> list[int]:
+        """The label of each slot of a unit, as the end of its smallest shard says; none in version 1, or without shards."""
+        info, arrays = self.info, self.info.arrays(bucket)
+        if info.version == 1 or not arrays:
+            return []
+        array = min(arrays, key=lambda one: one.nbytes)
+        path, nbytes = array.shard(info.name, bucket, unit), shard.tail_bytes(slots, labelled=True)
+        if isinstance(self._storage, LocalStorage):
+            with self._storage.path(path).open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - nbytes))
+                end = file.read()
+        else:
+            end, size, _ = self._storage.read_end(path, nbytes)  # type: ignore[attr-defined]
+        tail = shard.read_tail(np.frombuffer(end, np.uint8), size, slots, array.nbytes, info.compression, info.version)
+        own = shard.array_label(info.name, bucket, array.name)
+        return [int(label) ^ own for label in tail.labels]
 
     def _damaged(self, unit: str, error: Exception) -> CorruptShardError:
         return CorruptShardError(
@@ -268,7 +294,7 @@ def find_group(storage: Storage, teacher: str, record: dict[str, Any] | None = N
         info = read_group(storage, group_name(teacher, fingerprint(record)))
         if info is not None and info.digest == fingerprint(record):
             return info
-    groups = {info.digest: info for info in list_groups(storage) if info.teacher == teacher}
+    groups = {info.digest: info for info in list_groups(storage, teacher)}
     if not groups:
         raise MissingRowsError(
             f"{storage.where()}: no targets of teacher {teacher!r}. Run `mtpd precompute RECIPE --teacher {teacher}`."
@@ -288,14 +314,35 @@ def find_group(storage: Storage, teacher: str, record: dict[str, Any] | None = N
     )
 
 
-def list_groups(storage: Storage) -> list[GroupInfo]:
+def list_groups(
+    storage: Storage,
+    teacher: str | None = None,
+    unreadable: Callable[[CorruptShardError | StaleCacheError], None] | None = None,
+) -> list[GroupInfo]:
     """Every teacher's group in a cache.
+
+    Args:
+        teacher: only those of this one.
+        unreadable: is given the error of each group that cannot be read; without it the first one is raised.
 
     Raises:
         CorruptShardError: a group's attributes were changed.
+        StaleCacheError: a group is of a format version that this release does not know.
     """
-    groups = (read_group(storage, name) for name in storage.folders())
-    return [info for info in groups if info is not None]
+    found = []
+    for name in storage.folders():
+        if teacher is not None and not name.startswith(f"{teacher}-"):
+            continue
+        try:
+            info = read_group(storage, name)
+        except (CorruptShardError, StaleCacheError) as error:
+            if unreadable is None:
+                raise
+            unreadable(error)
+            continue
+        if info is not None and teacher in (None, info.teacher):
+            found.append(info)
+    return found
 
 
 def read_group(storage: Storage, name: str) -> GroupInfo | None:

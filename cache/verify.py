@@ -93,6 +93,7 @@ def verify(
         progress(done, len(units))
         _check_unit(storage, info, bucket, unit, index.unit_rows[bucket], rows, report)
     _check_metadata(storage, info, index, report)
+    _check_root(storage, info, report)
     if info.head is not None:
         try:
             read_head(storage, info)
@@ -118,7 +119,11 @@ def repair(storage: Storage, report: Report) -> None:
         tables = list(_readable(storage, info, scratch, manifest.schema(info).names))
         broken = {damage.name for damage in scratch.damages}
         if units or broken:
-            for name in sorted(broken | {part(info.name, "manifest", unit_name(*unit)) for unit in units}):
+            # the compacted manifest is not removed, but replaced below: without it all would seem to be uncommitted
+            kept_names = {f"{info.name}/{name}" for name in (MANIFEST, MANIFEST_COPY)}
+            for name in sorted(
+                (broken | {part(info.name, "manifest", unit_name(*unit)) for unit in units}) - kept_names
+            ):
                 storage.delete(name)
             table = pa.concat_tables(tables).unify_dictionaries()
             kept = table.filter(pa.array([key not in units for key in _keys(table)], pa.bool_()))
@@ -265,6 +270,21 @@ def _check_metadata(storage: Storage, info: GroupInfo, index: Index, report: Rep
         wanted = hierarchy.lengthened(document, stored) if stored else document
         if stored != wanted:
             report.damages.append(Damage(name, None, "is missing" if stored is None else "is not what it must be"))
+
+
+def _check_root(storage: Storage, info: GroupInfo, report: Report) -> None:
+    """The document that makes a Zarr group of the whole cache. What it says of the data set is the last precompute's."""
+    document = hierarchy.read_document(storage, "zarr.json")
+    if document is None:
+        report.damages.append(Damage("zarr.json", None, "is missing, or no JSON"))
+        return
+    attributes = document.get("attributes")
+    if (
+        not isinstance(attributes, dict)
+        or not {"format_version", "views", "dataset"} <= attributes.keys()
+        or document != hierarchy.group_document(attributes)
+    ):
+        report.damages.append(Damage("zarr.json", None, "is not what it must be"))
 
 
 def _documents(info: GroupInfo, index: Index) -> dict[str, Any]:

@@ -9,7 +9,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 set -euo pipefail
 
 recipe=${1:?usage: sbatch deploy/slurm.sh RECIPE [COMMAND]}
@@ -38,15 +38,23 @@ stop() {
     if ((${#children[@]})); then kill "${children[@]}" 2>/dev/null || true; fi
     wait || true
 }
-# told two minutes before the time limit or a preemption: stop, and go on in the next run of the same job
+# USR1, two minutes before the time limit: stop, and go on in the next run of the same job
 again() {
+    trap '' USR1 TERM # the requeue ends this run by TERM; no other answer to it
     echo "stopped before the end; the job goes back to the queue and resumes from what is committed"
     stop
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 }
+# TERM, by scancel, or by Slurm when it requeues the job itself: stop and no more, or no job could be cancelled
+ended() {
+    trap '' USR1 TERM
+    echo "stopped by Slurm; what is committed stays"
+    exit 143 # through `stop`
+}
 trap stop EXIT
-trap again TERM
+trap again USR1
+trap ended TERM
 
 # no dashboard: nothing is submitted to this cluster, the job's own process drives it
 srun --overlap --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" \

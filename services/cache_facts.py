@@ -104,7 +104,7 @@ def cache_facts(runs: Sequence[Run]) -> tuple[list[CacheFacts], list[str]]:
             continue
         try:
             storage = open_storage(uri)
-            groups = [info for info in list_groups(storage) if info.teacher in teachers]
+            groups = [info for teacher in teachers for info in list_groups(storage, teacher)]
             if used := {name for run in runs for stage in run.stages for name in stage.groups}:
                 groups = [info for info in groups if info.name in used]  # not those of other recipes
         except MtpdError as error:

@@ -221,7 +221,7 @@ def verify(
     from services.precompute import show_fill
 
     place = maintain.open_target(target)
-    reports = maintain.check(place)
+    reports, unreadable = maintain.check(place)
     damaged, failed = any(report.damages for report in reports), False
     if repair:
         mended = maintain.mend(place, reports)
@@ -234,6 +234,8 @@ def verify(
         )
     if sample is not None and (error := maintain.disagreement(maintain.sample(place, sample))):
         raise error
+    if unreadable:
+        raise unreadable[0]
     if failed:
         raise typer.Exit(1)
 

@@ -61,10 +61,10 @@ class Target:
     storage: Storage
     recipe: Recipe | None
 
-    def groups(self) -> list[GroupInfo]:
-        """The groups that the command is about: of the recipe's teachers, or all."""
+    def groups(self, unreadable: Callable[[MtpdError], None] | None = None) -> list[GroupInfo]:
+        """The groups that the command is about: of the recipe's teachers, or all; see `list_groups`."""
         if self.recipe is None:
-            return list_groups(self.storage)
+            return list_groups(self.storage, unreadable=unreadable)
         # not read from the cache alone: attributes that are damaged can then be written anew
         return [teacher_info(self.recipe, name) for name in used_teachers(self.recipe)]
 
@@ -83,17 +83,22 @@ def open_target(target: str) -> Target:
     return Target(open_storage(target), None)
 
 
-def check(target: Target) -> list[Report]:
-    """Verify every byte of the target's groups, and say what was found."""
-    reports = []
-    for info in target.groups():
+def check(target: Target) -> tuple[list[Report], list[MtpdError]]:
+    """Verify every byte of the target's groups, and say what was found.
+
+    Returns:
+        The reports, and the errors of groups whose attributes cannot be read.
+    """
+    reports: list[Report] = []
+    unreadable: list[MtpdError] = []
+    for info in target.groups(unreadable.append):
         try:
             reports.append(verify(target.storage, info, _every_few_seconds(f"verifying {info.name}")))
         except StaleCacheError as error:
             complain(str(error))
         else:
             _show_report(reports[-1])
-    return reports
+    return reports, unreadable
 
 
 def mend(target: Target, reports: list[Report]) -> list[FillResult]:
@@ -148,7 +153,7 @@ def garbage(
         )
     found: list[Garbage] = []
     others = _others(target, forgotten) if (superseded or finished) and not force else []
-    for info in list_groups(target.storage):
+    for info in list_groups(target.storage, unreadable=lambda error: complain(f"a group is left alone: {error}")):
         reason = _why(target.recipe, info, superseded, finished) if target.recipe is not None else None
         if reason is not None and (needed := needed_by(info.name, others)):
             users = ", ".join(f"{one.name} (last {ago(one.used)} ago)" for one in needed)

@@ -82,10 +82,9 @@ def entries(storage: Storage) -> list[Entry]:
     """Every group, by teacher.
 
     Raises:
-        CorruptShardError: a group's attributes were changed.
         StorageError: the object storage does not answer.
     """
-    infos = sorted(list_groups(storage), key=lambda info: info.name)
+    infos = sorted(list_groups(storage, unreadable=lambda error: complain(str(error))), key=lambda info: info.name)
     try:
         known = references(storage)
     except CorruptShardError as error:

@@ -116,7 +116,8 @@ def status(target: Target) -> Status:
     """
     storage, recipe = target.storage, target.recipe
     if recipe is None:
-        return Status(tuple(group_status(storage, info) for info in list_groups(storage)))
+        groups = list_groups(storage, unreadable=lambda error: complain(str(error)))
+        return Status(tuple(group_status(storage, info) for info in groups))
     images = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").images
     wanted = Wanted(images.ids, len(recipe.policy))
     groups = [group_status(storage, teacher_info(recipe, name), wanted) for name in used_teachers(recipe)]

@@ -112,7 +112,7 @@ class SampledSpec(Spec):
     """
 
     pipeline: PipelineSpec
-    count: PositiveInt
+    count: Annotated[int, Field(ge=1, le=1024)]
     size: tuple[PositiveInt, PositiveInt]
     seed: int = 0
     pad: Annotated[int, Field(ge=0, le=255)] = 114
@@ -175,7 +175,7 @@ class CacheSpec(Spec):
     uri: str
     precision: Precision = "int8"
     compression: Compression = "none"
-    unit_rows: PositiveInt | None = None
+    unit_rows: Annotated[int, Field(ge=1, le=2**20)] | None = None
     local_dir: str | None = None
     local_bytes: PositiveInt | None = None
     on_damage: Literal["error", "skip"] = "error"

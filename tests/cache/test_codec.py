@@ -99,6 +99,19 @@ def test_int4_clips_where_the_squared_error_is_least(tail: float) -> None:
     assert (error <= least / (1 - least / energy) * 1.03).all()
 
 
+@pytest.mark.parametrize("place", [0, 1])  # seen by the sample that the clipping point is chosen by, and not
+@pytest.mark.parametrize("outlier", [20.0, 100.0, 200.0, 448.0])
+def test_one_outlier_does_not_blow_up_the_rest_of_its_channel(outlier: float, place: int) -> None:
+    original = torch.randn(1, 1, 100, 168, generator=torch.Generator().manual_seed(0))
+    original[..., 0, place] = outlier
+    stored = encode(original, "int4")
+    restored = decode(stored.values, stored.scales, (100, 168))
+    assert (restored - original).square().sum() < original.square().sum(), "zeros would be nearer"
+    rest = torch.arange(100 * 168) != place
+    slope = (restored * original).flatten()[rest].sum() / original.square().flatten()[rest].sum()
+    assert slope < 1.15
+
+
 @settings(deadline=None)
 @given(st.integers(0, 2**31))
 def test_the_error_of_int4_is_uncorrelated_with_the_map(seed: int) -> None:

@@ -3,12 +3,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from cache import BudgetError, Lease, LeaseHeldError, LocalStorage, StorageError
+from cache import BudgetError, Lease, LeaseHeldError, LocalStorage, StorageError, lease_holder
 from cache.layout import LEASE
 
 
@@ -49,6 +50,29 @@ def test_another_machines_lease_is_taken_only_after_it_was_not_renewed(tmp_path:
     started = time.monotonic()
     with Lease(storage, "g", seconds=1.0):
         assert time.monotonic() - started >= 1.0
+
+
+def test_a_lease_that_is_given_back_while_it_is_watched_is_taken(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    holder = {"run": "x", "host": "elsewhere", "pid": 1, "started": "", "since": 0, "renewed": time.time()}
+    storage.write(f"g/{LEASE}", [json.dumps(holder).encode()])
+    timer = threading.Timer(0.3, storage.delete, (f"g/{LEASE}",))
+    timer.start()
+    with Lease(storage, "g", seconds=60) as lease:
+        assert json.loads(storage.read(f"g/{LEASE}"))["run"] == lease.run
+
+
+def test_a_process_that_cannot_be_seen_from_here_is_not_taken_for_dead(tmp_path: Path) -> None:
+    # two containers of one machine may have one host name, and each its own processes
+    storage = LocalStorage(tmp_path)
+    with Lease(storage, "g", seconds=0.6) as lease:
+        lease._me.__dict__.update(processes="pid:[1]", pid=2**22)
+        time.sleep(0.5)
+        holder = lease_holder(storage, "g")
+        assert holder is not None
+        assert not holder.gone
+        with pytest.raises(LeaseHeldError, match=f"process {2**22}"), Lease(storage, "g", seconds=3.0):
+            pass
 
 
 def test_another_machines_live_lease_is_respected(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from cache import (
     remote,
 )
 from cache import objects as module
-from cache.layout import LEASE, MANIFEST
+from cache.layout import LEASE, MANIFEST, MANIFEST_COPY
 from cache.objects import ObjectStorage
 from tests.cache import make
 from tests.cache.object_store import (  # noqa: F401 - fixtures
@@ -133,7 +133,8 @@ def test_a_reader_follows_what_is_committed_compacted_and_taken_out(storage: Sto
     assert follower.refresh() is None
     assert len(follower.index) == 12
     assert follower.refresh() == []
-    storage.delete(f"{group.name}/{MANIFEST}")
+    for name in (MANIFEST_COPY, MANIFEST):
+        storage.delete(f"{group.name}/{name}")
     assert follower.refresh() is None
     assert len(follower.index) == 0
 

@@ -3,10 +3,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache import GroupInfo, Images, Level, LocalStorage, StaleCacheError, ViewPolicy, make_plan
+from cache import (
+    GroupInfo,
+    Images,
+    Level,
+    LocalStorage,
+    RecipeError,
+    SampledPolicy,
+    StaleCacheError,
+    ViewPolicy,
+    make_plan,
+)
 from tests.cache import make
 
-sizes = st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), min_size=1, max_size=40)
+# none so narrow that a view of it has no pixels
+sizes = st.lists(st.tuples(st.integers(7, 400), st.integers(7, 400)), min_size=1, max_size=40)
 
 
 def as_images(pairs: list[tuple[int, int]]) -> Images:
@@ -136,3 +147,11 @@ def test_a_plan_for_who_waits_goes_on_with_the_same_places(tmp_path) -> None:
     assert rest.unit_of(*committed) is None
     assert rest.unit_of(21, 0) is None
     assert rest.unit_of(7, 2) is None
+
+
+def test_an_image_without_pixels_in_a_view_and_too_many_views_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"image id 10 \(1\.jpg, 3000x1\) becomes 64x0 pixels in view 0"):
+        make_plan(as_images([(64, 48), (3000, 1)]), make.POLICY, make.info())
+    many = SampledPolicy(1025, (64, 64), {"seed": 0, "pipeline": []})
+    with pytest.raises(RecipeError, match="views: 1025 of each image, 1024 at most"):
+        make_plan(as_images([(64, 48)]), many, make.info())

@@ -1,7 +1,9 @@
 """Writer and reader together: what goes in comes out, for our reader and for anyone's."""
 
+import gc
 import multiprocessing
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import zarr
 from cache import (
     CorruptShardError,
     GroupInfo,
+    Images,
     Index,
     LocalStorage,
     MissingRowsError,
@@ -233,3 +236,49 @@ def test_a_look_up_among_many_images_is_that_of_a_dict() -> None:
                 assert (None if place is None else place.row) == expected.get((image_id, view))
         assert index.unit_rows == {"64x64": 7, "32x96": 5}
         assert all(index.source(int(i)) == int(i) for i in ids[::97])
+
+
+def test_detections_of_a_unit_that_was_written_anew_are_not_given_for_another_image(tmp_path: Path) -> None:
+    storage, group = LocalStorage(tmp_path), make.info()
+    make.fill(storage, group, make.images(6))
+    old = TeacherCache.open(str(tmp_path), "t", levels=[], dense=False)
+    keys = list(old)
+    # all of it is computed again, in another order
+    folder = tmp_path / group.name / "manifest"
+    for file in folder.iterdir():
+        file.unlink()
+    images = make.images(6)
+    turned = Images(images.ids[::-1], images.widths[::-1], images.heights[::-1], images.file_names[::-1])
+    make.fill(storage, group, turned)
+    refused = 0
+    for key in keys:
+        with suppress(CorruptShardError):
+            assert (old[key].detections.boxes == key[0]).all()
+            continue
+        refused += 1
+    assert refused
+    new = TeacherCache.open(str(tmp_path), "t", levels=[], dense=False)
+    assert all((new[key].detections.boxes == key[0]).all() for key in keys)
+
+
+def test_readers_of_one_process_share_its_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cache.mapped._ALL_MAPS", 4 * 4 * 3)  # three units of four arrays for each of four readers
+    storage, group = LocalStorage(tmp_path), make.info()
+    make.fill(storage, group, make.images(24))
+    gc.collect()
+    readers = [TeacherCache.open(str(tmp_path), "t") for _ in range(4)]
+    for key in readers[0]:
+        for reader in readers:
+            assert reader[key].features
+    maps = Path("/proc/self/maps").read_text()
+    assert maps.count(f"{tmp_path}/") <= 4 * 4 * 3
+
+
+def test_rows_of_small_units_do_not_fill_the_memory_with_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cache.mapped._MAX_VIEWS", 2 * 4 * 4)  # of two units: four rows in four arrays
+    storage, group = LocalStorage(tmp_path), make.info()
+    make.fill(storage, group, make.images(24))
+    cache = TeacherCache.open(str(tmp_path), "t")
+    for key in cache:
+        assert cache[key].features
+    assert Path("/proc/self/maps").read_text().count(f"{tmp_path}/") <= 2 * 4

@@ -15,7 +15,9 @@ from cache import (
     MissingRowsError,
     TeacherCache,
     compact,
+    find_garbage,
     find_group,
+    list_groups,
     repair,
     verify,
 )
@@ -168,6 +170,67 @@ def test_a_broken_manifest_costs_no_row(copy: LocalStorage) -> None:
     assert report.rows == len(before)
     repair(copy, report)
     assert rows_of(copy.root) == before
+
+
+def test_a_lost_manifest_is_no_empty_cache(copy: LocalStorage) -> None:
+    before = rows_of(copy.root)
+    (copy.root / GROUP.name / "manifest.parquet").unlink()
+    for look in (
+        lambda: TeacherCache.open(str(copy.root), "t"),
+        lambda: list(find_garbage(copy, GROUP)),
+        lambda: make.plan(copy, GROUP, make.images(IMAGES)),
+    ):
+        with pytest.raises(CorruptShardError, match=r"manifest\.parquet: is missing, .*mtpd verify .* --repair"):
+            look()
+    report = verify(copy, GROUP)
+    assert [damage.problem for damage in report.damages] == ["is missing"]
+    repair(copy, report)
+    assert rows_of(copy.root) == before
+
+
+def killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_repair_that_is_killed_while_it_restores_the_manifest_costs_no_row(
+    copy: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = rows_of(copy.root)
+    file = copy.root / GROUP.name / "manifest.parquet"
+    file.write_bytes(file.read_bytes()[:-9])
+    report = verify(copy, GROUP)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            repair(copy, report)
+    assert verify(copy, GROUP).rows == len(before)
+    with pytest.raises(CorruptShardError):
+        list(find_garbage(copy, GROUP))
+    repair(copy, verify(copy, GROUP))
+    assert rows_of(copy.root) == before
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_the_document_of_the_whole_cache_is_looked_at(copy: LocalStorage, content: str | None) -> None:
+    file = copy.root / "zarr.json"
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    assert [damage.name for damage in verify(copy, GROUP).damages] == ["zarr.json"]
+
+
+def test_a_group_that_cannot_be_read_hides_no_other(copy: LocalStorage) -> None:
+    other = make.info("u")
+    make.fill(copy, other, make.images(3))
+    (copy.root / other.name / "zarr.json").write_text(
+        (copy.root / other.name / "zarr.json").read_text().replace('"depth": 18', '"depth": 19')
+    )
+    assert rows_of(copy.root)
+    with pytest.raises(CorruptShardError, match=other.name):
+        TeacherCache.open(str(copy.root), "u")
+    errors: list[Exception] = []
+    assert list_groups(copy, unreadable=errors.append) == [GROUP]
+    assert len(errors) == 1
 
 
 def test_a_missing_row_says_how_to_get_it_and_a_damaged_one_how_to_repair_it(copy: LocalStorage) -> None:

@@ -41,8 +41,12 @@ def launcher() -> dict[str, Any]:
     return yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text())
 
 
-def commands() -> list[list[str]]:
-    """Every command line of the manual's shell blocks, comments removed, in words."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", MANUAL.read_text(), re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+def blocks() -> list[str]:
+    """The manual's shell blocks, as they can be copied."""
+    return re.findall(r"^```sh\n(.*?)^```", MANUAL.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str | None = None) -> list[list[str]]:
+    """Every command line of a block (by default of all), comments removed, in words."""
+    lines = ("\n".join(blocks()) if text is None else text).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from services.cli import app
 from tests.cache.object_store import Bucket, bucket, request  # noqa: F401 - a fixture
-from tests.deploy.files import DEPLOY, JOBS, MANUAL, RECIPE, ROOT, commands, documents
+from tests.deploy.files import DEPLOY, JOBS, MANUAL, RECIPE, ROOT, blocks, commands, documents
 from tests.trainer.test_recipes import CLASSES, checkpoint
 from trainer import load_recipe
 
@@ -55,6 +55,17 @@ def test_the_manuals_jobs_are_submitted_to_loopback_with_the_environment_of_the_
     made = RuntimeEnv(**environment)
     assert made["env_vars"]["AWS_REGION"]
     assert not any("KEY" in name or "TOKEN" in name for name in made["env_vars"])
+
+
+def test_a_job_of_the_manual_begins_when_the_one_above_it_has_ended() -> None:
+    together = [
+        jobs for block in blocks() if len(jobs := [words for words in commands(block) if "submit" in words]) > 1
+    ]
+    assert together
+    for jobs in together:
+        for words in jobs[:-1]:
+            parsed = submit.make_context("submit", words[words.index("submit") + 1 :]).params
+            assert not parsed["no_wait"], f"the next job finds what {parsed['entrypoint']} has not done yet"
 
 
 def test_the_manuals_other_commands_are_ours_and_every_file_it_names_is_there() -> None:

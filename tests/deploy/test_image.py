@@ -58,6 +58,28 @@ def test_the_project_can_be_built_of_what_is_copied(tmp_path: Path) -> None:
     assert set(tracked.stdout.decode().split()) <= names, "a file of the three floors is not in the image"
 
 
+def test_the_head_can_set_up_nodes_and_a_container_sees_gpus() -> None:
+    """Ray's autoscaler runs in the head's container; NVIDIA's runtime gives GPUs to containers whose environment names them."""
+    last = TEXT.rpartition("\nFROM ")[2]
+    packages = re.search(r"apt-get install --yes --no-install-recommends ([\w -]+?) &&", last)
+    assert packages is not None
+    assert {"openssh-client", "rsync"} <= set(packages[1].split())
+    environment = dict(
+        word.split("=", 1) for line in re.findall(r"^ENV (.*)$", last, re.MULTILINE) for word in line.split()
+    )
+    assert environment["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert {"compute", "utility"} <= set(environment["NVIDIA_DRIVER_CAPABILITIES"].split(","))
+
+
+def test_what_is_installed_by_name_is_pinned_and_the_launchers_client_of_aws_is_of_it() -> None:
+    pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements" / "constraints.txt").read_text(), re.MULTILINE))
+    lines = re.findall(r"pip install ([^&\n]*)", TEXT.replace("\\\n", " "))
+    names = {word for line in lines for word in line.split() if re.fullmatch(r"[a-z][\w-]*", word)}
+    assert {"torch", "boto3"} <= names
+    assert names <= pinned
+    assert "PIP_CONSTRAINT=/src/requirements/constraints.txt" in TEXT
+
+
 def test_its_versions_are_those_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     python = re.search(r"^ARG PYTHON=(.*)$", TEXT, re.MULTILINE)

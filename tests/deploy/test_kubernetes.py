@@ -139,6 +139,36 @@ def started(config: dict[str, Any], demand: dict[str, float], count: int, *, gan
     return Counter({launch.instance_type: launch.count for launch in reply.to_launch})
 
 
+def roles(name: str) -> dict[str, str]:
+    """The role of each of a cluster's worker node types."""
+    if name == "ray-cluster":
+        types = launcher()["available_node_types"]
+        return {kind: one["node_config"]["IamInstanceProfile"]["Arn"].rpartition("/")[2] for kind, one in types.items()}
+    accounts = {
+        one["metadata"]["name"]: one["metadata"]["annotations"]["eks.amazonaws.com/role-arn"].rpartition("/")[2]
+        for one in documents("base")
+        if one["kind"] == "ServiceAccount"
+    }
+    groups = ray_clusters()[name]["workerGroupSpecs"]
+    return {group["groupName"]: accounts[group["template"]["spec"]["serviceAccountName"]] for group in groups}
+
+
+@pytest.mark.parametrize("name", ["ray-cluster", "raycluster", "rayjob-precompute"])
+def test_an_actor_may_write_to_the_cache_wherever_it_lands(name: str) -> None:
+    """An actor that may not ends its teacher's run at the first write."""
+    recipe = yaml.safe_load(RECIPE.read_text())
+    actors = recipe["actors"]
+    actor = {"CPU": actors["cpus"], "GPU": actors["gpus"]}
+    landed = started(clusters()[name], actor, actors["max"] * len(recipe["teachers"]), gang=False)
+    if name != "rayjob-precompute":
+        assert landed.keys() == {"teachers-spot", "students-on-demand"}, "all teachers' actors are more than spot nodes"
+    assert {kind: roles(name)[kind] for kind in landed} == dict.fromkeys(landed, "mtpd-cache-writer")
+
+
+def test_students_that_have_a_cluster_of_their_own_may_only_read() -> None:
+    assert roles("rayjob-train") == {"students-on-demand": "mtpd-cache-reader"}
+
+
 @pytest.mark.parametrize("name", ["ray-cluster", "raycluster", *JOBS])
 def test_from_no_node_teachers_get_spot_nodes_and_students_only_on_demand_ones(name: str) -> None:
     config = clusters()[name]

@@ -1,6 +1,8 @@
 """The Slurm script: linted, and run with Slurm's commands, Ray's and ours replaced by ones that note how they are called."""
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.files import DEPLOY
+from tests.deploy.files import DEPLOY, ROOT, blocks
 
 SCRIPT = DEPLOY / "slurm.sh"
 _COMMANDS = {
@@ -74,11 +76,51 @@ def test_a_head_that_only_itself_can_reach_is_refused(environment: dict[str, str
     assert b"node1: its name stands for 127.0.1.1" in done.stderr
 
 
-def test_told_to_end_it_goes_back_to_the_queue(environment: dict[str, str], tmp_path: Path) -> None:
-    process = subprocess.Popen(["bash", SCRIPT, "endless.yaml", "train"], env=environment)
-    while not (tmp_path / "calls").exists() or not calls(tmp_path, "mtpd"):
-        time.sleep(0.05)
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+def ended_by(number: int, environment: dict[str, str], folder: Path) -> int:
+    """The exit code of a job in the midst of its work that gets a signal; none of its processes is left then."""
+    # a session of its own, whose process group holds all that the script starts
+    process = subprocess.Popen(["bash", SCRIPT, "endless.yaml", "train"], env=environment, start_new_session=True)
+    try:
+        while not (folder / "calls").exists() or not calls(folder, "mtpd"):
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.send_signal(number)
+        code = process.wait(30)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return code
+
+
+def test_before_its_time_limit_it_goes_back_to_the_queue(environment: dict[str, str], tmp_path: Path) -> None:
+    asked = re.search(r"^#SBATCH --signal=B:(\w+)@120$", SCRIPT.read_text(), re.MULTILINE)
+    assert asked is not None
+    assert ended_by(signal.Signals[f"SIG{asked[1]}"], environment, tmp_path) == 0
     assert calls(tmp_path, "scontrol", "requeue", "71234")
+
+
+def test_cancelled_it_ends_and_does_not_come_back(environment: dict[str, str], tmp_path: Path) -> None:
+    assert ended_by(signal.SIGTERM, environment, tmp_path) == 128 + signal.SIGTERM
+    assert not calls(tmp_path, "scontrol", "requeue")
+
+
+def test_the_requeue_ends_the_run_by_term_which_it_does_not_answer(environment: dict[str, str], tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(scontrol.read_text().replace("exit 0", "[[ $1 == requeue ]] && kill -TERM $PPID; exit 0"))
+    assert ended_by(signal.SIGUSR1, environment, tmp_path) == 0
+    assert len(calls(tmp_path, "scontrol", "requeue")) == 1
+
+
+def test_the_manuals_training_waits_for_its_precompute(environment: dict[str, str], tmp_path: Path) -> None:
+    (block,) = (one for one in blocks() if "sbatch" in one)
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/usr/bin/env bash\necho "$* MTPD_VENV=$MTPD_VENV" >> {tmp_path}/calls; echo 4711\n')
+    sbatch.chmod(0o755)
+    subprocess.run(["bash", "-euc", block], env=environment, cwd=ROOT, check=True, timeout=30)
+    precompute, train = calls(tmp_path)
+    assert "--parsable" in precompute
+    assert " deploy/slurm.sh deploy/recipe.yaml precompute MTPD_VENV=/" in precompute
+    assert " --dependency=afterok:4711 " in train
+    assert " deploy/slurm.sh deploy/recipe.yaml train MTPD_VENV=/" in train
