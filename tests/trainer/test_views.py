@@ -314,7 +314,9 @@ def test_schedules_of_a_set_of_cocos_size_are_the_published_ones(
     fresh.train_dataloader.batch_size = cfg.train_dataloader.batch_size
     images = 117_266
     column = np.full(images, 640)
-    coco = Annotations(Images(np.arange(images), column, column, [""] * images), ("a",), True, np.ones(images, np.bool_))
+    coco = Annotations(
+        Images(np.arange(images), column, column, [""] * images), ("a",), True, np.ones(images, np.bool_)
+    )
     _set_schedule(fresh, recipe.stages[0], coco)
     warm_up, steps = fresh.param_scheduler
     assert (warm_up.type, warm_up.start_factor, warm_up.begin, warm_up.end) == ("LinearLR", 0.001, 0, 500)
