@@ -121,7 +121,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.mark.usefixtures("cluster")
 def test_run_finds_the_order_by_itself_and_measures_what_is_not_given(data: Path, tmp_path: Path) -> None:
-    content = auto(data, tmp_path, max_teachers=1)
+    content = auto(data, tmp_path, max_teachers=1, mechanisms=[{"type": "PKDLoss", "levels": ["P4", "P5"]}])
     demo = Path(__file__).parents[2] / "recipes" / "demo"
     content["views"] = {"scale": [192, 144], "flip": "none"}
     content["teachers"] = {
@@ -140,9 +140,9 @@ def test_run_finds_the_order_by_itself_and_measures_what_is_not_given(data: Path
     cache = content["cache"]["uri"]
     assert [len(TeacherCache.open(cache, name)) for name in ("small", "r18", STUDENT)] == [8, 20, 8]
     # a measured accuracy is not measured again when the order is found anew, now from a larger group
-    crosskd = [{"teacher": "r18", "mechanisms": [{"type": "CrossKDLoss"}], "epochs": 1}]
+    more = [{"teacher": "r18", "mechanisms": [{"type": "PKDLoss"}], "epochs": 1}]
     own = teacher_info(recipe := parse_recipe(content, "test"), "r18").name
-    larger = parse_recipe({**content, "stages": crosskd}, "test")
+    larger = parse_recipe({**content, "stages": more}, "test")
     precompute.fill(larger, "r18")
     shutil.rmtree(Path(cache) / own)
     assert teacher_info(recipe, "r18") == teacher_info(larger, "r18")
