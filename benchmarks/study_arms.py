@@ -32,11 +32,11 @@ class Arm:
 # weights by the grid's one seed, see docs/study.md
 MECHANISMS: dict[str, dict[str, Any]] = {
     "PKD": {"type": "PKDLoss", "loss_weight": 2.0},
-    "feature matching": {"type": "FeatureMatchingLoss", "normalize": True, "loss_weight": 0.3},
-    "MGD": {"type": "MGDLoss", "loss_weight": 1e-5},
+    "feature matching": {"type": "FeatureMatchingLoss", "normalize": True, "loss_weight": 3.0},
+    "MGD": {"type": "MGDLoss", "loss_weight": 1e-4},
     "CWD": {"type": "CWDLoss", "loss_weight": 5.0},
     "FGD": {"type": "FGDLoss", "loss_weight": 1.0},
-    "class logits": {"type": "DenseLogitLoss", "loss_weight": 1.0},
+    "class logits": {"type": "DenseLogitLoss", "loss_weight": 5.0},
     "CrossKD": {"type": "CrossKDLoss", "loss_weight": 1.0},
     "pseudo-boxes": {"type": "DetectionLoss", "loss_weight": 1.0},
 }

@@ -65,7 +65,7 @@ def test_run_trains_every_stage_from_a_full_cache_and_a_second_run_does_nothing(
     stamps = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("*") if f.is_file() and f.suffix != ".lock"}
     second = run(str(BIN / "mtpd"), "run", file)
     assert second.returncode == 0
-    assert second.stdout.count("all 40 rows are in the cache") == 2
+    assert "rows are in the cache" not in second.stdout, "no stage is left that needs them"
     assert second.stdout.count("done before") == 2
     assert stamps == {f: f.stat().st_mtime_ns for f in stamps}
 
