@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.deploy.files import DEPLOY, ROOT, blocks
@@ -76,6 +77,16 @@ def test_a_head_that_only_itself_can_reach_is_refused(environment: dict[str, str
     assert b"node1: its name stands for 127.0.1.1" in done.stderr
 
 
+def running_in(group: int) -> list[str]:
+    """The processes of a group, but for those that only wait for their parent to look."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
 def ended_by(number: int, environment: dict[str, str], folder: Path) -> int:
     """The exit code of a job in the midst of its work that gets a signal; none of its processes is left then."""
     # a session of its own, whose process group holds all that the script starts
@@ -86,8 +97,10 @@ def ended_by(number: int, environment: dict[str, str], folder: Path) -> int:
             assert process.poll() is None
         process.send_signal(number)
         code = process.wait(30)
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
+        deadline = time.monotonic() + 10
+        while left := running_in(process.pid):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
