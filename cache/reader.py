@@ -1,7 +1,6 @@
 """`TeacherCache`: random access to one teacher's targets at the speed of memory."""
 
 import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -264,13 +263,7 @@ class TeacherCache:
             return []
         array = min(arrays, key=lambda one: one.nbytes)
         path, nbytes = array.shard(info.name, bucket, unit), shard.tail_bytes(slots, labelled=True)
-        if isinstance(self._storage, LocalStorage):
-            with self._storage.path(path).open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - nbytes))
-                end = file.read()
-        else:
-            end, size, _ = self._storage.read_end(path, nbytes)  # type: ignore[attr-defined]
+        end, size, _ = self._storage.read_end(path, nbytes)
         tail = shard.read_tail(np.frombuffer(end, np.uint8), size, slots, array.nbytes, info.compression, info.version)
         own = shard.array_label(info.name, bucket, array.name)
         return [int(label) ^ own for label in tail.labels]

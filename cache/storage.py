@@ -47,6 +47,13 @@ class Storage(Protocol):
             FileNotFoundError: nothing was written under this name.
         """
 
+    def read_end(self, name: str, length: int) -> tuple[bytes, int, str]:
+        """The last ``length`` bytes (fewer if there are not so many), the size of the whole, and its stamp.
+
+        Raises:
+            FileNotFoundError: nothing was written under this name.
+        """
+
     def stamp(self, name: str) -> str | None:
         """What changes whenever the content is replaced; None if nothing was written under this name."""
 
@@ -122,13 +129,19 @@ class LocalStorage:
         """The whole content."""
         return self.path(name).read_bytes()
 
+    def read_end(self, name: str, length: int) -> tuple[bytes, int, str]:
+        """The last ``length`` bytes, the size of the whole, and its stamp."""
+        with self.path(name).open("rb") as file:
+            status = os.fstat(file.fileno())
+            file.seek(max(0, status.st_size - length))
+            return file.read(), status.st_size, _identity(status)
+
     def stamp(self, name: str) -> str | None:
         """The file's identity: each write makes a new one."""
         try:
-            status = self.path(name).stat()
+            return _identity(self.path(name).stat())
         except FileNotFoundError:
             return None
-        return f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
 
     def write(self, name: str, buffers: Iterable[bytes | memoryview], *, durable: bool = True) -> int:
         """Write to a temporary file, flush it to the disk if it must be durable, rename it."""
@@ -263,3 +276,7 @@ def _write_all(file: int, buffer: bytes | memoryview) -> int:
     while written < len(view):
         written += os.write(file, view[written:])
     return written
+
+
+def _identity(status: os.stat_result) -> str:
+    return f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"

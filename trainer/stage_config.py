@@ -123,11 +123,12 @@ def _custom_hooks(cfg: Config) -> list[dict[str, Any]]:
     Raises:
         RecipeError: one that looks for its detector, or its data set, where the distiller and the views are.
     """
-    hooks = [hook for hook in plain_dict(cfg).get("custom_hooks") or [] if hook["type"] != "PipelineSwitchHook"]
-    if any(hook["type"] == "YOLOXModeSwitchHook" for hook in hooks):
+    hooks = [hook for hook in plain_dict(cfg).get("custom_hooks") or [] if _kind(hook["type"]) != "PipelineSwitchHook"]
+    if any(_kind(hook["type"]) == "YOLOXModeSwitchHook" for hook in hooks):
         raise RecipeError(
             "student.config: custom_hooks has a YOLOXModeSwitchHook, which changes data set and head in the midst of a "
-            "training; here a stage is the same from its begin to its end. Leave it out: student.cfg_options: {custom_hooks: []}"
+            "training; here a stage is the same from its beginning to its end. Leave it out: student.cfg_options: "
+            "{custom_hooks: []}"
         )
     return hooks
 
@@ -135,10 +136,10 @@ def _custom_hooks(cfg: Config) -> list[dict[str, Any]]:
 def _set_batches(cfg: Config, training: TrainingSpec) -> None:
     """Total batches, how they are shared out and cut, and in which precision they are computed."""
     loader, optimiser = cfg.train_dataloader, cfg.optim_wrapper
-    if (constructor := optimiser.get("constructor")) == "LearningRateDecayOptimizerConstructor":
+    if _kind(optimiser.get("constructor")) == "LearningRateDecayOptimizerConstructor":
         raise RecipeError(
-            f"student.config: optim_wrapper.constructor: {constructor} goes by the names of a detector's parameters, which here "
-            "are a part of the distiller's. Take mmengine's own: student.cfg_options: {optim_wrapper.constructor: "
+            "student.config: optim_wrapper.constructor: LearningRateDecayOptimizerConstructor goes by the names of a "
+            "detector's parameters, which here are a part of the distiller's. Take mmengine's own: student.cfg_options: {optim_wrapper.constructor: "
             "DefaultOptimWrapperConstructor, optim_wrapper.paramwise_cfg: null}"
         )
     if optimiser.get("accumulative_counts", 1) > 1:
@@ -345,7 +346,12 @@ def _set_visualizer(cfg: Config, folder: Path) -> None:
     visualizer = plain_dict(cfg.visualizer) if cfg.get("visualizer") else dict(type="DetLocalVisualizer")
     backends = visualizer.get("vis_backends") or []
     backends = [backends] if isinstance(backends, dict) else list(backends)
-    present = {getattr(b["type"], "__name__", str(b["type"])).rpartition(".")[2] for b in backends}
+    present = {_kind(backend["type"]) for backend in backends}
     backends += [dict(type=kind) for kind in ("LocalVisBackend", "TensorboardVisBackend") if kind not in present]
     # a process has one visualizer of a name: under a common one the second stage would write into the first one's folder
     cfg.visualizer = visualizer | dict(vis_backends=backends, name=str(folder))
+
+
+def _kind(given: Any) -> str:
+    """The name of a registered class, which a config gives bare, behind its scope (``mmdet.``), or as the class itself."""
+    return str(getattr(given, "__name__", given)).rpartition(".")[2]

@@ -119,6 +119,14 @@ def test_what_was_never_written_is_absent_and_no_fault(storage: Storage) -> None
     assert not storage.exists("x/y"), "a folder is no file"
 
 
+def test_the_end_of_what_was_written_its_size_and_its_stamp(storage: Storage) -> None:
+    storage.write("a", [b"0123456789"])
+    assert storage.read_end("a", 4) == (b"6789", 10, storage.stamp("a"))
+    assert storage.read_end("a", 99)[:2] == (b"0123456789", 10)
+    with pytest.raises(FileNotFoundError):
+        storage.read_end("b", 4)
+
+
 def test_a_reader_follows_what_is_committed_compacted_and_taken_out(storage: Storage) -> None:
     group = make.info()
     make.fill(storage, group, make.images(3))
