@@ -139,8 +139,8 @@ def _set_batches(cfg: Config, training: TrainingSpec) -> None:
     if _kind(optimiser.get("constructor")) == "LearningRateDecayOptimizerConstructor":
         raise RecipeError(
             "student.config: optim_wrapper.constructor: LearningRateDecayOptimizerConstructor goes by the names of a "
-            "detector's parameters, which here are a part of the distiller's. Take mmengine's own: student.cfg_options: {optim_wrapper.constructor: "
-            "DefaultOptimWrapperConstructor, optim_wrapper.paramwise_cfg: null}"
+            "detector's parameters, which here are a part of the distiller's. Take mmengine's own: student.cfg_options: "
+            "{optim_wrapper.constructor: DefaultOptimWrapperConstructor, optim_wrapper.paramwise_cfg: null}"
         )
     if optimiser.get("accumulative_counts", 1) > 1:
         raise RecipeError(
