@@ -40,9 +40,9 @@ from trainer import (
     SampleReport,
     compare_sample,
     load_recipe,
-    refuse_unordered,
     stage_dir,
     teacher_info,
+    trained_student,
     wanted_record,
     with_candidates,
 )
@@ -210,7 +210,7 @@ def _why(
 ) -> Literal["superseded", "stage is done"] | None:
     if info.teacher == STUDENT and STUDENT not in recipe.teachers:  # whose features an order of teachers was found from
         try:
-            refuse_unordered(recipe)
+            trained_student(recipe)
         except RecipeError:  # as the recipe is now, there is no order to find
             return "superseded" if superseded else None
         recipe = with_candidates(recipe)

@@ -49,8 +49,8 @@ from trainer.order import (
     Selection,
     adaptation_costs,
     choose_rows,
-    refuse_unordered,
     select_teachers,
+    trained_student,
     with_candidates,
 )
 from trainer.pictures import LEAST_SCORE, Energy, Picture, Pictures, SeenObject, Sight, take_pictures
@@ -153,7 +153,6 @@ __all__ = [
     "read_annotations",
     "read_pulse",
     "refuse_other_classes",
-    "refuse_unordered",
     "select_teachers",
     "service_name",
     "service_url",
@@ -166,6 +165,7 @@ __all__ = [
     "teacher_info",
     "total",
     "train_stage",
+    "trained_student",
     "view_pixels",
     "wanted_record",
     "with_candidates",

@@ -42,11 +42,12 @@ FloatArray = npt.NDArray[np.float64]
 Key = tuple[int, int]  # image id, view
 
 
-def refuse_unordered(recipe: Recipe) -> None:
-    """Refuse a recipe whose teachers cannot be put in order.
+def trained_student(recipe: Recipe) -> str:
+    """The checkpoint of the student whose features are compared.
 
     Raises:
-        RecipeError: no teachers, a teacher has the student's name, or the student has no checkpoint or sees reduced views.
+        RecipeError: there is none, or the teachers cannot be put in order: there are no teachers, one has the student's name,
+            or the student sees reduced views.
     """
     if not recipe.teachers:
         raise RecipeError("teachers: there are none to put in order.")
@@ -57,12 +58,14 @@ def refuse_unordered(recipe: Recipe) -> None:
             "student.input_scale: the order of teachers compares features of whole views, which this student does not see. "
             "Name the stages, or find the order with scale 1."
         )
-    if recipe.student.checkpoint is None:
+    checkpoint = recipe.order.checkpoint or recipe.student.checkpoint
+    if checkpoint is None:
         raise RecipeError(
-            "student.checkpoint: the order of teachers compares the features of a trained student with theirs, and there is "
-            "none. Give one, or train the student alone first: a recipe with `stages: [{epochs: 12}]` leaves it in "
-            "WORK_DIR/stage-1/student.pth."
+            "order.checkpoint: the order of teachers compares the features of a trained student with theirs, and there is "
+            "none, here or as student.checkpoint. Give one, or train the student alone first: a recipe with "
+            "`stages: [{epochs: 12}]` leaves it in WORK_DIR/stage-1/student.pth."
         )
+    return str(checkpoint)
 
 
 def with_candidates(recipe: Recipe) -> Recipe:
@@ -73,15 +76,14 @@ def with_candidates(recipe: Recipe) -> Recipe:
     mechanisms of ``order``. Where these want no features, plain feature matching joins them.
 
     Raises:
-        RecipeError: see `refuse_unordered`.
+        RecipeError: see `trained_student`.
     """
-    refuse_unordered(recipe)
-    spec = recipe.student
+    checkpoint, spec = trained_student(recipe), recipe.student
     model = plain_dict(load_config(spec.config, spec.cfg_options, "student.config").model)
     classes = len(read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").classes)
     student = TeacherSpec(
         config=spec.config,
-        checkpoint=spec.checkpoint,
+        checkpoint=checkpoint,
         cfg_options={**spec.cfg_options, **class_options(model, classes)},
         capture=spec.capture,
     )

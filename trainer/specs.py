@@ -298,6 +298,8 @@ class OrderSpec(Spec):
         ridge: penalty of the regression, in units of the mean variance of a channel.
         positions: drawn of each level of each image; null takes all.
         seed: of the draw of images and positions.
+        checkpoint: of a trained student, whose features are compared; by default ``student.checkpoint``. With one of its own
+            the order is that of a trained student's features, while training begins as ``student`` says.
         mechanisms, epochs: of each stage that ``auto`` makes.
     """
 
@@ -306,6 +308,7 @@ class OrderSpec(Spec):
     ridge: PositiveFloat = 1e-4
     positions: PositiveInt | None = 512
     seed: Annotated[int, Field(ge=0)] = 0
+    checkpoint: ExistingFile | None = None
     mechanisms: tuple[MechanismSpec, ...] = ()
     epochs: PositiveInt = 12
 

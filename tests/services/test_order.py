@@ -122,6 +122,9 @@ def cluster() -> Iterator[None]:
 @pytest.mark.usefixtures("cluster")
 def test_run_finds_the_order_by_itself_and_measures_what_is_not_given(data: Path, tmp_path: Path) -> None:
     content = auto(data, tmp_path, max_teachers=1, mechanisms=[{"type": "PKDLoss", "levels": ["P4", "P5"]}])
+    # compared as it was trained, it begins anew, with the head of whoever comes first
+    content["order"]["checkpoint"] = content["student"].pop("checkpoint")
+    content["student"]["inherit"] = True
     demo = Path(__file__).parents[2] / "recipes" / "demo"
     content["views"] = {"scale": [192, 144], "flip": "none"}
     content["teachers"] = {
@@ -137,6 +140,9 @@ def test_run_finds_the_order_by_itself_and_measures_what_is_not_given(data: Path
     assert order["aps"]["r18"] > 1
     result = json.loads((tmp_path / "work/stage-1/result.json").read_text())
     assert result["teacher"] == "r18"
+    model = json.loads((tmp_path / "work/stage-1/stage.json").read_text())["model"]
+    assert model["inherit_from"] == content["teachers"]["r18"]["checkpoint"]
+    assert model["checkpoint"] is None
     cache = content["cache"]["uri"]
     assert [len(TeacherCache.open(cache, name)) for name in ("small", "r18", STUDENT)] == [8, 20, 8]
     # a measured accuracy is not measured again when the order is found anew, now from a larger group

@@ -284,7 +284,7 @@ def test_detectors_are_compared_from_few_rows_which_the_precompute_then_keeps(da
 
 
 def test_a_student_that_was_never_trained_has_no_features_to_compare(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"student\.checkpoint: .*train the student alone first"):
+    with pytest.raises(RecipeError, match=r"order\.checkpoint: .*train the student alone first"):
         with_candidates(parse_recipe(models.recipe(data, tmp_path), "test"))
     content = with_student(data, tmp_path)
     content["teachers"][STUDENT] = content["teachers"]["small"]

@@ -87,6 +87,9 @@ def adapted(recipe: Path, place: Path) -> dict[str, Any]:
     made["cache"]["uri"] = str(place / "cache")
     made["work_dir"] = str(place / "work" / recipe.stem)
     made["training"] |= {"workers": 1, "batch_size": 1}
+    if made["stages"] == "auto":  # whose order the test of `mtpd run` finds; here every teacher has its stage
+        order = made.pop("order")
+        made["stages"] = [{"teacher": t, **{k: order[k] for k in ("mechanisms", "epochs")}} for t in made["teachers"]]
     student = made["student"]
     for entry in (*made["teachers"].values(), *([student] if student.get("checkpoint") else [])):
         entry["checkpoint"] = str(checkpoint(entry["config"], place / Path(entry["checkpoint"]).name))
@@ -197,7 +200,7 @@ def test_a_recipe_says_what_to_expect_and_what_to_download(recipe: Path) -> None
     made = content(recipe)
     assert re.search(r"^# Expected: (not known|\d\d\.\d .*\((published|read from|figure))", head, re.M), head
     assert made["work_dir"].endswith(recipe.stem)
-    for entry in (*made["teachers"].values(), made["student"]):
+    for entry in (*made["teachers"].values(), made["student"], made.get("order", {})):
         name = Path(entry.get("checkpoint") or "none").name
         if name == "none":
             continue
