@@ -62,7 +62,7 @@ from trainer.sampled import ApplySampledView
 from trainer.scenes import CLASSES, SceneOptions, generate
 from trainer.specs import SplitSpec, StageSpec, TeacherSpec
 from trainer.stage import StageResult, latest_checkpoint, open_stage, train_stage
-from trainer.stage_config import TargetSource, stage_config, stage_dir
+from trainer.stage_config import TargetSource, refuse_untrainable, stage_config, stage_dir
 from trainer.step import DistributedDistiller
 from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
 from trainer.teacher import Teacher, TeacherOutput, describe, fingerprint_record, head_file
@@ -153,6 +153,7 @@ __all__ = [
     "read_annotations",
     "read_pulse",
     "refuse_other_classes",
+    "refuse_untrainable",
     "select_teachers",
     "service_name",
     "service_url",
