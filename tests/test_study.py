@@ -4,11 +4,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import study
-from benchmarks.arms import by_seed, interval, load, paired, record
+from benchmarks.arms import by_seed, interval, load, paired, record, train
+from benchmarks.study_arms import Arm, described, grid
 from benchmarks.study_arms import arms as arms_of
-from benchmarks.study_arms import described, grid
 from benchmarks.study_settings import SETTINGS, Detector, Setting
 from benchmarks.study_summary import MARK, section, summarise
 
@@ -69,3 +70,14 @@ def test_done_arms_are_kept_and_others_refused(setting: Setting, tmp_path: Path)
     assert text.startswith(f"by hand\n{MARK}\n\n## s")
     assert "old" not in text
     assert (tmp_path / "study.png").stat().st_size > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU that is only claimed here is there")
+def test_caches_are_filled_on_the_gpu(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = tmp_path / "scenes" / "study"
+    study.prepare(setting, root, None)
+    recipe = study.recipe_of(setting, root, "direct", Arm((("r18", 3),)), 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        train(recipe, "cache")
+    assert not list((root / "cache").rglob("manifest*")), "filled on the CPU"
