@@ -1,13 +1,18 @@
 """The study's arms are what their names say, at equal epochs; its statistics; and what is done is not trained again."""
 
+import json
+import logging
+import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import study
-from benchmarks.arms import by_seed, interval, load, paired, record, train
+from benchmarks.arms import by_seed, interval, load, paired, read, record, train, verdict
 from benchmarks.study_arms import Arm, described, grid
 from benchmarks.study_arms import arms as arms_of
 from benchmarks.study_settings import SETTINGS, Detector, Setting
@@ -81,3 +86,50 @@ def test_caches_are_filled_on_the_gpu(setting: Setting, tmp_path: Path, monkeypa
     with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         train(recipe, "cache")
     assert not list((root / "cache").rglob("manifest*")), "filled on the CPU"
+
+
+@pytest.fixture
+def logs() -> Iterator[None]:
+    """As they were: a worker of the study turns them down."""
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_an_arm_s_ap_is_not_rounded(setting: Setting, tmp_path: Path, logs: None):
+    """A student that has learned already and all but stands still, for its AP must not be 0."""
+    student = replace(setting.teachers["r18"], options={"optim_wrapper.optimizer.lr": 1e-9})
+    setting = replace(setting, student=student, images=4, val_images=12, epochs=1)
+    root, file, inherited = tmp_path / "scenes" / "study", tmp_path / "study.json", Arm(((None, 1),))
+    study.prepare(setting, root, None)
+    start = root / "starts" / "inherited-0.pth"
+    start.parent.mkdir()
+    shutil.copy(student.checkpoint or "", start)
+    study.work("s", setting, root, file, [("inherited", inherited, 0)])
+    result = read(file)["s"]["arms"]["inherited-0"]
+    measured = json.loads((root / "arms" / "inherited-0" / "stage-1" / "result.json").read_text())["metrics"]
+    for name in ("mAP", "mAP_50"):
+        assert result[name] == pytest.approx(100 * measured[f"bbox_{name}"], abs=0.0501)
+    assert result["mAP"] > 1
+    assert abs(result["mAP"] - round(result["mAP"], 1)) > 1e-6
+    assert result["rounded"] is False
+
+
+def test_no_verdict_where_only_rounding_is_seen(setting: Setting):
+    def done(**more: Any) -> dict[str, Any]:
+        arms, found = arms_of(setting), {}
+        for seed, reached in ((0, 8.6), (1, 8.4), (2, 9.9)):
+            for name, gain in (("alone", 0.0), ("inherited", 2.2)):
+                result = {"mAP": reached + gain, "stages": [reached + gain], "seconds": 60.0, **more}
+                found[f"{name}-{seed}"] = result | {"arm": described(arms[name])}
+        return found
+
+    def row(lines: list[str]) -> str:
+        return next(line for line in lines if line.startswith("| inherited vs alone"))
+
+    lines = section("s", {"arms": done()})
+    assert row(lines).endswith("| 2.20 ± 0.00 | 3 | - | below rounding |")
+    assert not any("Significant" in line for line in lines)
+    assert sum("share the images, the val set" in line for line in lines) == 1
+    assert row(section("s", {"arms": done(rounded=False)})).endswith("**significant** |")
+    assert verdict([0.1, 0.1], {"mAP": 1.0}) == ("-", "below rounding")
+    assert verdict([0.1, 0.1], {"mAP": 1.0, "rounded": False})[1] == "BEYOND the noise"
