@@ -35,6 +35,7 @@ from benchmarks.arms import load, lock, read, record, train
 from benchmarks.study_arms import CORE, Arm, arms, described, grid, mechanism
 from benchmarks.study_data import prepare, slug, study_folder
 from benchmarks.study_options import chosen_arms, chosen_seeds, chosen_setting, in_one_line, wrong
+from benchmarks.study_origin import origin, refuse_other, teachers_and_data
 from benchmarks.study_settings import SETTINGS, Setting
 from benchmarks.study_summary import summarise
 from services.present import say
@@ -214,11 +215,13 @@ def work(study: str, setting: Setting, root: Path, json_path: Path, todo: list[t
     for name, arm, seed in todo:
         with lock(_arm_lock(root, name, seed), wait=False) as ours:
             # another process may have done it since
-            if not ours or not missing([(name, arm, seed)], load(json_path, study, settings)):
+            if not ours or not missing([(name, arm, seed)], done := load(json_path, study, settings)):
                 continue
             recipe = recipe_of(setting, root, name, arm, seed)
+            about = {"arm": described(arm), "origin": origin(recipe)}
+            refuse_other(f"{name}-{seed}", about, done, f"{json_path}: {study}")
             result = train(recipe, arm.source)
-            record(json_path, study, settings, f"{name}-{seed}", result | {"arm": described(arm)})
+            record(json_path, study, settings, f"{name}-{seed}", result | about)
             say(f"{name}-{seed}: AP {result['mAP']:.1f} in {result['seconds']:.0f} s")
 
 
@@ -278,8 +281,13 @@ def _measure_teachers(
     study: str, setting: Setting, root: Path, json_path: Path, todo: list[tuple[str, Arm, int]]
 ) -> None:
     """Record the AP of the teachers that are needed, which are trained if they are not there, before any arm is trained."""
+    names = list(dict.fromkeys(used for _, arm, _ in todo for used in arm.teachers))
+    checkpoints = {name: checkpoint(setting, root, name) for name in names}
+    shared = teachers_and_data(checkpoints, root / "train.json", root.parent / "data" / "annotations" / "val.json")
     settings = asdict(setting)
-    for name in dict.fromkeys(used for _, arm, _ in todo for used in arm.teachers):
+    # here already: the workers' arms may be hours away
+    refuse_other("this command", {"origin": shared}, load(json_path, study, settings), f"{json_path}: {study}")
+    for name in names:
         if name not in read(json_path).get(study, {}).get("teachers", {}):
             reached = evaluate(setting, root, name)
             record(json_path, study, settings, name, reached, "teachers")

@@ -1,6 +1,7 @@
 """The study's results as tables, sentences and a figure, all from its JSON."""
 
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import matplotlib
 
 from benchmarks.arms import Arms, below_rounding, by_seed, interval, paired, read, spread
 from benchmarks.study_arms import MECHANISMS, arms
+from benchmarks.study_origin import differing
 from benchmarks.study_settings import SETTINGS
 from services.present import say
 
@@ -75,10 +77,23 @@ class Difference(NamedTuple):
 
 
 def summarise(json_path: Path) -> None:
-    """Print every study; write the figure and the document beside the results, what people wrote above `MARK` kept."""
+    """Print every study; write the figure and the document beside the results, what people wrote above `MARK` kept.
+
+    Raises:
+        SystemExit: arms of one study were trained from different teachers, starts or images.
+    """
     studies = read(json_path)
+    for name, study in studies.items():
+        before: Arms = {}
+        for key, result in study["arms"].items():
+            for other, theirs in before.items():
+                if what := differing(key, result, other, theirs):
+                    raise SystemExit(
+                        f"error: {json_path}: {name}: {what}: they cannot be compared; take one of them out"
+                    )
+            before[key] = result
     lines = [line for name, study in studies.items() for line in section(name, study)]
-    text = "\n".join(lines)
+    text = "\n".join([*_unknown(studies), *lines])
     say(text)
     document = json_path.with_suffix(".md")
     written = document.read_text().split(MARK)[0] if document.exists() else ""
@@ -108,7 +123,7 @@ def section(name: str, study: dict[str, Any]) -> list[str]:
         ]
         lines += _table(["difference, paired by seed", "what differs", "AP", "n", "95 % interval", ""], rows)
         lines += [_COVERED, "", *statement(differences), ""]
-    return lines
+    return lines + _commits(done)
 
 
 def statement(differences: list[Difference]) -> list[str]:
@@ -139,6 +154,26 @@ def _differences(done: Arms) -> list[Difference]:
             hidden = len(values) >= _ENOUGH and below_rounding(values, *results)
             found.append(Difference(arm, baseline, what, values, hidden))
     return found
+
+
+def _unknown(studies: dict[str, Any]) -> list[str]:
+    """How many arms do not say what they came of."""
+    arms_of = {name: list(study["arms"].values()) for name, study in studies.items()}
+    without = {name: sum("origin" not in result for result in results) for name, results in arms_of.items()}
+    shown = [f"{count} of {len(arms_of[name])} in `{name}`" for name, count in without.items() if count]
+    if not shown:
+        return []
+    words = (
+        "Arms that carry no digest of their teachers, start and images, for they were trained before these were kept"
+    )
+    return [f"{words}: {'; '.join(shown)}.", ""]
+
+
+def _commits(done: Arms) -> list[str]:
+    """Which code trained, where that was recorded."""
+    commits = Counter((result["origin"]["commit"] or "none")[:12] for result in done.values() if "origin" in result)
+    shown = [f"{commit} ({count})" for commit, count in commits.items()]
+    return [f"Commits of the code that trained, and how many arms: {', '.join(shown)}.", ""] if shown else []
 
 
 def _verdict(one: Difference) -> tuple[str, str]:

@@ -1,5 +1,5 @@
-"""The study's arms are what their names say, at equal epochs; its statistics; what is done is not trained again; and
-what the command line cannot have is told in a line."""
+"""The study's arms are what their names say, at equal epochs; its statistics; what is done is not trained again; what is
+not the study's does not join it; and what the command line cannot have is told in a line."""
 
 import json
 import logging
@@ -23,6 +23,7 @@ from benchmarks.study_options import chosen_arms
 from benchmarks.study_settings import SETTINGS, Detector, Setting, on_gpu
 from benchmarks.study_summary import MARK, section, summarise
 from trainer import generate
+from trainer.checkpoint import sha256
 
 
 @pytest.fixture
@@ -78,7 +79,8 @@ def test_done_arms_are_kept_and_others_refused(setting: Setting, tmp_path: Path)
     (tmp_path / "study.md").write_text(f"by hand\n{MARK}\nold")
     summarise(file)
     text = (tmp_path / "study.md").read_text()
-    assert text.startswith(f"by hand\n{MARK}\n\n## s")
+    assert text.startswith(f"by hand\n{MARK}\n\nArms that carry no digest of their teachers, start and images")
+    assert text.count(": 6 of 6 in `s`.\n\n## s\n") == 1
     assert "old" not in text
     assert (tmp_path / "study.png").stat().st_size > 0
 
@@ -90,7 +92,7 @@ def logs() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def test_an_arm_s_ap_is_not_rounded(setting: Setting, tmp_path: Path, logs: None):
+def test_an_arm_says_what_it_came_of_and_its_ap_is_not_rounded(setting: Setting, tmp_path: Path, logs: None):
     """A student that has learned already and all but stands still, for its AP must not be 0."""
     student = replace(setting.teachers["r18"], options={"optim_wrapper.optimizer.lr": 1e-9})
     setting = replace(setting, student=student, images=4, val_images=12, epochs=1)
@@ -107,6 +109,30 @@ def test_an_arm_s_ap_is_not_rounded(setting: Setting, tmp_path: Path, logs: None
     assert result["mAP"] > 1
     assert abs(result["mAP"] - round(result["mAP"], 1)) > 1e-6
     assert result["rounded"] is False
+    found = result["origin"]
+    assert (found["start"], found["train"], found["teachers"]) == (sha256(start), sha256(root / "train.json"), {})
+    # the same study in a folder with another teacher of that name, other images, another start
+    content = read(file)
+    done = content["s"]["arms"]
+    done["direct-1"] = result | {"origin": {**found, "start": "of another seed", "teachers": {"swin": "other bytes"}}}
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        SystemExit, match="teacher swin is another checkpoint for direct-0 than it was for direct-1: choose"
+    ):
+        study.work("s", setting, root, file, [("direct", Arm((("swin", 1),)), 0)])
+    done["direct-1"] = result | {"origin": {**found, "val": "other bytes"}}
+    file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="the val images are others for alone-0 than they were for direct-1"):
+        study.work("s", setting, root, file, [("alone", replace(inherited, start="random"), 0)])
+    with pytest.raises(SystemExit, match=r"s: the val images are others for direct-1 .* take one of them out"):
+        summarise(file)
+    done["direct-0"] = result | {"origin": {**found, "start": "other bytes"}}
+    del done["direct-1"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        SystemExit, match="the start inherited is another checkpoint for direct-0 than it was for inherited-0"
+    ):
+        summarise(file)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU that is only claimed here is there")
