@@ -62,7 +62,7 @@ def generate(
     ``[x, y, width, height]`` in pixels, masks compressed RLE of the visible part.
 
     Args:
-        enlarge: how often wider and higher than `SHAPES` the scenes are drawn: objects and clutter grow with them, strokes,
+        enlarge: how many times wider and higher than `SHAPES` the scenes are drawn: objects and clutter grow with them, strokes,
             stripes and noise do not, so that there is detail to every pixel.
 
     Returns:
