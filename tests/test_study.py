@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import study
-from benchmarks.arms import by_seed, interval, load, paired, read, record, train, verdict
+from benchmarks.arms import by_seed, interval, load, lock, paired, read, record, train, verdict
 from benchmarks.study_arms import Arm, described, grid
 from benchmarks.study_arms import arms as arms_of
 from benchmarks.study_data import prepare, study_folder
@@ -205,6 +206,28 @@ def test_no_verdict_where_only_rounding_is_seen(setting: Setting):
     assert row(section("s", {"arms": done(rounded=False)})).endswith("**significant** |")
     assert verdict([0.1, 0.1], {"mAP": 1.0}) == ("-", "below rounding")
     assert verdict([0.1, 0.1], {"mAP": 1.0, "rounded": False})[1] == "BEYOND the noise"
+
+
+def test_a_worker_waits_for_the_arm_whose_student_it_starts_from(setting: Setting, tmp_path: Path):
+    student = tmp_path / "arms" / "alone-0" / "stage-1" / "student.pth"
+    with ThreadPoolExecutor(1) as pool:
+        with lock(tmp_path / "locks" / "alone-0"):
+            found = pool.submit(study.start, setting, tmp_path, "trained", 0)
+            assert not wait([found], timeout=0.2).done
+            student.parent.mkdir(parents=True)
+            student.touch()
+        assert found.result(timeout=30) == student
+    with pytest.raises(SystemExit, match="the arm alone-1 was not trained"):
+        study.start(setting, tmp_path, "trained", 1)
+
+
+def test_the_published_arms_are_not_trained_again():
+    """Of the settings and arms as they are now."""
+    setting = SETTINGS["scenes"]
+    done = load(Path("docs/study.json"), "scenes, 200 images, 24 epochs", asdict(setting))
+    every = arms_of(setting)
+    todo = [(name, every[name], seed) for name in ("alone", "direct", "ensemble", "direct, CWD") for seed in (0, 1, 2)]
+    assert study.missing(todo, done) == []
 
 
 def test_arms_that_start_from_another_s_student_come_last(setting: Setting):
