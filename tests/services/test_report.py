@@ -120,6 +120,62 @@ def test_the_page_holds_the_numbers_of_the_results_and_fetches_nothing(made, tmp
     assert text.count("data:image/png") == 2 * 2 * 5
 
 
+def copy_run(folder: Path, to: Path, **metrics: float) -> Path:
+    """A copy of a run without its weights, with these metrics of its first stage beside or in place of its own."""
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.pth"))
+    file = to / "stage-1" / "result.json"
+    content = json.loads(file.read_text())
+    content["metrics"] |= metrics
+    file.write_text(json.dumps(content))
+    return to
+
+
+def charts(text: str) -> dict[str, list[str]]:
+    """By what a chart is called the looks of its lines, class by class."""
+    found = re.findall(r'<svg class="chart"[^>]*aria-label="([^"]*)">(.*?)</svg>', text)
+    return {name: re.findall(r'<path class="line ([^"]*)"', inside) for name, inside in found}
+
+
+def legends(text: str) -> list[dict[str, str]]:
+    """By name the look of each entry of each legend."""
+    entries = r'<path class="line ([^"]*)" d="[^"]*"/></svg>([^<]*)</li>'
+    return [
+        {name: look for look, name in re.findall(entries, one)}
+        for one in re.findall(r'<ul class="legend">(.*?)</ul>', text)
+    ]
+
+
+def test_lines_of_one_chart_are_named_and_told_apart(made, tmp_path: Path) -> None:
+    _, folder = made
+    masked = copy_run(folder, tmp_path / "work" / "masked", segm_mAP=0.25)
+    text = write_report(masked, images=0).read_text()
+    (legend,) = legends(text)
+    assert list(legend) == ["box AP", "mask AP"]
+    drawn = charts(text)["AP over the epochs of all stages: box AP, mask AP"]
+    assert drawn == list(legend.values())
+    assert len(set(drawn)) == 2
+    # of several runs each kind has its chart, and of the run with masks alone a small one of mask AP
+    copy_run(folder, tmp_path / "work" / "boxes")
+    text = write_report(tmp_path / "work", images=0).read_text()
+    assert {"mask AP of masked", "box AP of masked", "box AP of boxes"} <= charts(text).keys()
+    assert "mask AP of boxes" not in charts(text)
+    assert [list(legend) for legend in legends(text)] == [["boxes", "masked"], ["masked"], ["boxes", "masked"]]
+
+
+def test_more_arms_than_colours_differ_in_their_dashes_and_seeds_share_a_line(made, tmp_path: Path) -> None:
+    _, folder = made
+    for arm in "abcdefghij":
+        copy_run(folder, tmp_path / f"{arm}-0")
+    copy_run(folder, tmp_path / "a-1")
+    text = write_report(tmp_path, images=0).read_text()
+    above, _ = legends(text)
+    assert list(above) == ["a, 2 seeds", *(f"{arm}-0" for arm in "bcdefghij")]
+    assert len(set(above.values())) == 10
+    (drawn,) = (looks for name, looks in charts(text).items() if name.startswith("box AP of 11 runs"))
+    assert set(drawn) == set(above.values())
+    assert ".d1 { stroke-dasharray" in text
+
+
 def test_evaluations_of_a_stage_are_joined_over_stages_in_epochs(made) -> None:
     _, folder = made
     run = read_run(folder)
