@@ -4,7 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cache import GroupInfo, MtpdError, TeacherCache, list_groups, open_storage
+from cache import (
+    CorruptShardError,
+    GroupInfo,
+    MtpdError,
+    Storage,
+    TeacherCache,
+    list_groups,
+    open_storage,
+    references,
+)
 from services.runs import Run
 
 
@@ -97,22 +106,25 @@ def cache_facts(runs: Sequence[Run]) -> tuple[list[CacheFacts], list[str]]:
     missing: list[str] = []
     wanted: dict[str, dict[str, None]] = {}
     for run in sorted(runs, key=lambda run: -len(run.teachers)):  # its longest sequence gives the order
-        if isinstance(uri := run.recipe.get("cache", {}).get("uri"), str):
+        if isinstance(uri := _uri(run), str):
             wanted.setdefault(uri, {}).update(dict.fromkeys(run.teachers))
     for uri, teachers in wanted.items():
         if not teachers:
             continue
         try:
             storage = open_storage(uri)
-            groups = [info for teacher in teachers for info in list_groups(storage, teacher)]
-            if used := {name for run in runs for stage in run.stages for name in stage.groups}:
-                groups = [info for info in groups if info.name in used]  # not those of other recipes
+            groups = [
+                info
+                for teacher in teachers
+                for info in _groups_read(storage, teacher, [r for r in runs if _uri(r) == uri])
+            ]
         except MtpdError as error:
             missing.append(f"The cache cannot be read: {error}")
             continue
         if absent := [name for name in teachers if name not in {info.teacher for info in groups}]:
             missing.append(
-                f"The cache {storage.where()} holds nothing of {', '.join(absent)}: deleted, or never filled."
+                f"The cache {storage.where()} holds nothing of {', '.join(absent)} that these runs read: deleted, or never "
+                "filled."
             )
         for info in sorted(groups, key=lambda info: list(teachers).index(info.teacher)):
             filling = _filling(runs, info.name)
@@ -147,6 +159,35 @@ def count_forwards(runs: Sequence[Run], facts: Sequence[CacheFacts]) -> Forwards
     for fact in facts:
         rows[fact.info.name] = max(rows.get(fact.info.name, 0), fact.rows)
     return Forwards(used, sum(rows.values()) if rows or used == live else None, live)
+
+
+def _uri(run: Run) -> Any:
+    return run.recipe.get("cache", {}).get("uri")
+
+
+def _groups_read(storage: Storage, teacher: str, runs: Sequence[Run]) -> list[GroupInfo]:
+    """The groups of a teacher that these runs' stages read, or will; other recipes' lie beside them.
+
+    Which they are is known of a stage that was begun, and of the others where their recipe left a record in the cache. If
+    neither is known of one that is not begun, or of any, all of the teacher's groups are taken.
+    """
+    groups = list_groups(storage, teacher)
+    named = {name for run in runs for stage in run.stages for name in stage.groups}
+    try:
+        recorded = {
+            one.work_dir: {name for name, use in one.groups.items() if use.teacher == teacher}
+            for one in references(storage)
+        }
+    except CorruptShardError:
+        recorded = {}
+    for run in runs:
+        if any(teacher in stage.teachers and not stage.begun for stage in run.stages):
+            wanted = recorded.get(str(run.recipe.get("work_dir")))
+            if not wanted:
+                return groups
+            named |= wanted
+    teachers_own = {name for name in named if name.rpartition("-")[0] == teacher}
+    return [info for info in groups if info.name in teachers_own] if teachers_own else groups
 
 
 def _filling(runs: Sequence[Run], group: str) -> Filling | None:

@@ -14,12 +14,12 @@ from mmdet.evaluation.functional import bbox_overlaps
 from cache import RecipeError
 from services.charts import Band, Line, line_chart
 from services.precompute import FillResult
-from services.records import keep_recipe, record_fill
+from services.records import keep_recipe, record_fill, record_use
 from services.report import write_report
 from services.runs import find_runs, read_run
 from tests import models
 from tests.trainer import precompute
-from trainer import Recipe, parse_recipe, take_pictures, train_stage
+from trainer import Recipe, parse_recipe, take_pictures, teacher_info, train_stage
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 VOID = {"meta", "img", "br"}
@@ -230,6 +230,33 @@ def test_missing_parts_are_named_and_the_rest_is_shown(made, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecipeError, match="holds no stage-N"):
         write_report(tmp_path / "empty")
+
+
+def test_a_full_cache_is_not_empty_because_a_stage_was_not_begun_yet(made, tmp_path: Path) -> None:
+    recipe, folder = made
+    cache = recipe.cache.model_copy(update={"uri": str(tmp_path / "cache")})
+    mine = recipe.model_copy(update={"cache": cache, "work_dir": str(tmp_path / "run")})
+    shutil.copytree(recipe.cache.uri, cache.uri)
+    shutil.rmtree(copy_run(folder, tmp_path / "run") / "stage-2")
+    keep_recipe(mine)
+    # another recipe's targets of both teachers lie in the same cache
+    others = mine.model_copy(update={"cache": cache.model_copy(update={"precision": "int8"})})
+    for name in recipe.teachers:
+        assert not precompute.fill(others, name)
+
+    def shown() -> list[list[str]]:
+        page = Page(write_report(tmp_path / "run", images=0).read_text())
+        assert "holds nothing" not in page.words
+        return [[row[0], row[2], row[5]] for row in page.cells if row[0] in ("small", "swin") and len(row) > 8]
+
+    # of the stage that was begun its own; of the other, of which nothing says whose it is, all that there is
+    assert sorted(shown()) == [["small", "20", "float16"], ["swin", "20", "float16"], ["swin", "20", "int8"]]
+    record_use(mine, teacher_info(mine, "swin"))
+    assert shown() == [["small", "20", "float16"], ["swin", "20", "float16"]]
+    (group,) = (path for path in (tmp_path / "cache").glob("swin-*") if path.name == teacher_info(mine, "swin").name)
+    shutil.rmtree(group)
+    page = Page(write_report(tmp_path / "run", images=0).read_text())
+    assert f"The cache {tmp_path}/cache holds nothing of swin that these runs read" in page.words
 
 
 def test_several_runs_a_study_and_an_order_with_names_that_are_markup(made, tmp_path: Path) -> None:
