@@ -15,7 +15,8 @@ import yaml
 from cache import MtpdError
 from services.cache_facts import cache_facts, count_forwards
 from services.charts import axis_ticks, number, swatch
-from services.figures import Styles, ap_figures, ap_panels, curve_panels, measured_kinds
+from services.evaluations import Evaluation, by_evaluation
+from services.figures import Figure, Panel, Styles, ap_figures, ap_panels, curve_panels, measured_kinds
 from services.present import duration, size
 from services.runs import Run, Stage, find_runs
 from services.studies import Study, read_studies
@@ -25,6 +26,22 @@ _TEMPLATE = "report.html.jinja"
 _METRICS = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "AP-S", "mAP_m": "AP-M", "mAP_l": "AP-L"}
 _MOST_STUDENTS = 6
 _LETTERS = 22  # a picture's width in the size of its letters
+
+
+@dataclass(frozen=True)
+class ApSection:
+    """AP of the runs that were evaluated on one val set.
+
+    Attributes:
+        kinds: ``bbox`` and ``segm`` with their names, where they were measured.
+        sparse: whether a stage was evaluated at its end only.
+    """
+
+    evaluation: Evaluation
+    kinds: dict[str, str]
+    figures: list[Figure]
+    panels: list[Panel]
+    sparse: bool
 
 
 def write_report(
@@ -48,11 +65,14 @@ def write_report(
         RecipeError: no stage in the folder, or no results in the file.
     """
     runs = find_runs(work_dir.absolute())
+    main, evaluations = _main(runs), by_evaluation(runs)
     studies = [] if study is None else read_studies(study)
     facts, missing = cache_facts(runs)
     pictures, shown, left_out = None, [], []
     if images:
-        pictures, shown, left_out = _pictures(runs, images, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        pictures, shown, left_out = _pictures(
+            main, evaluations, images, device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
     else:
         left_out = ["Pictures were not asked for (--images 0)."]
     environment = jinja2.Environment(
@@ -74,12 +94,10 @@ def write_report(
         runs=runs,
         several=len(runs) > 1,
         styles=styles,
-        main=_main(runs),
-        kinds=measured_kinds(runs),
+        main=main,
+        students=sorted({run.student for run in runs}),
         metrics=_METRICS,
-        ap_figures=ap_figures(runs, styles),
-        ap_panels=ap_panels(runs, styles) if len(runs) > 1 else [],
-        sparse=any(_is_sparse(stage) for run in runs for stage in run.stages),
+        ap_sections=[_ap_section(one, styles) for one in evaluations],
         panels=curve_panels(runs, styles),
         forwards=count_forwards(runs, facts),
         facts=facts,
@@ -90,7 +108,7 @@ def write_report(
         shown=shown,
         least_score=LEAST_SCORE,
         letters=_LETTERS,
-        recipe=yaml.safe_dump(_main(runs).recipe, sort_keys=False, allow_unicode=True) if _main(runs).recipe else "",
+        recipe=yaml.safe_dump(main.recipe, sort_keys=False, allow_unicode=True) if main.recipe else "",
         missing=[*_missing(runs), *missing, *left_out],
     )
     target = work_dir.absolute() / "report.html" if out is None else out.absolute()
@@ -104,6 +122,17 @@ def write_report(
 def _main(runs: Sequence[Run]) -> Run:
     """The run whose stages are shown in pictures: the one with most of them, the last of several."""
     return max(reversed(runs), key=lambda run: (bool(run.recipe), len(run.done)))
+
+
+def _ap_section(evaluation: Evaluation, styles: Styles) -> ApSection:
+    runs = evaluation.runs
+    return ApSection(
+        evaluation,
+        measured_kinds(runs),
+        ap_figures(runs, styles),
+        ap_panels(runs, styles) if len(runs) > 1 else [],
+        any(_is_sparse(stage) for run in runs for stage in run.stages),
+    )
 
 
 def _is_sparse(stage: Stage) -> bool:
@@ -123,26 +152,34 @@ def _is_order(order: Any) -> bool:
     return isinstance(order, dict) and all(isinstance(order.get(key), dict) for key in ("costs", "aps", "reasons"))
 
 
-def _pictures(runs: Sequence[Run], count: int, device: str) -> tuple[Pictures | None, list[str], list[str]]:
-    """Pictures of the val images.
+def _pictures(
+    main: Run, evaluations: Sequence[Evaluation], count: int, device: str
+) -> tuple[Pictures | None, list[str], list[str]]:
+    """Pictures of the main run's val images, by the students that were evaluated on them: to others they mean nothing.
 
     Returns:
         The pictures if there are any, the detectors whose feature energy is shown, and what is left out, and why.
     """
-    main = _main(runs)
     if not main.recipe or not main.done:
         return None, [], ["No pictures: no run has both its recipe.json and a stage that is done."]
+    alike = next(one for one in evaluations if main in one.runs)
+    runs = alike.runs
     trained = [(main, stage) for stage in (*main.done[:1], *main.done[1:][-1:])]
     trained += [(run, run.done[-1]) for run in runs if run is not main and run.done]
     names = [
         f"{run.name}, stage {stage.number} ({stage.label})"
-        if len(runs) > 1
+        if len(runs) > 1 or len(evaluations) > 1
         else f"student after stage {stage.number} ({stage.label})"
         for run, stage in trained
     ]
     students = {name: stage.folder for name, (_, stage) in zip(names[:_MOST_STUDENTS], trained, strict=False)}
     last = names[1] if len(main.done) > 1 else names[0]
-    left_out = []
+    left_out = [
+        f"No pictures of {', '.join(run.name for run in one.runs)}: evaluated on {one.where}; the pictures are of "
+        f"{alike.where}."
+        for one in evaluations
+        if one is not alike
+    ]
     if len(trained) > _MOST_STUDENTS:
         left_out.append(f"Pictures show {_MOST_STUDENTS} of {len(trained)} students.")
     teacher = main.teachers[-1] if main.teachers else None

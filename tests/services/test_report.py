@@ -176,6 +176,52 @@ def test_more_arms_than_colours_differ_in_their_dashes_and_seeds_share_a_line(ma
     assert ".d1 { stroke-dasharray" in text
 
 
+def evaluated_on(run: Path, ann_file: Path, *, student: str = "RetinaNet", scale: tuple[int, int] = (128, 96)) -> None:
+    """Let the records of a run say what it was evaluated on, and with whom."""
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["dataset"]["val"]["ann_file"] = str(ann_file)
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    for file in run.glob("stage-*/stage.json"):
+        stage = json.loads(file.read_text())
+        stage["model"]["student"]["type"] = student
+        dataset = stage["val_dataloader"]["dataset"]
+        dataset["ann_file"] = str(ann_file)
+        dataset["metainfo"]["classes"] = [c["name"] for c in json.loads(ann_file.read_text())["categories"]]
+        next(step for step in dataset["pipeline"] if step["type"] == "Resize")["scale"] = scale
+        file.write_text(json.dumps(stage))
+
+
+def test_runs_on_other_data_are_neither_drawn_together_nor_shown_these_pictures(made, tmp_path: Path) -> None:
+    recipe, folder = made
+    scenes, cells, copied = Path(recipe.dataset.val.ann_file), tmp_path / "cells.json", tmp_path / "copied.json"
+    content = json.loads(scenes.read_text())
+    copied.write_text(json.dumps(content | {"info": "the same images and objects"}, indent=1))
+    for category, name in zip(content["categories"], "abcdef", strict=True):
+        category["name"] = f"cell {name}"
+    cells.write_text(json.dumps(content))
+    work = tmp_path / "work"
+    for name, ann_file in (("blood", cells), ("half", copied), ("whole", scenes)):
+        shutil.copytree(folder, work / name)
+        evaluated_on(work / name, ann_file, scale=(64, 48) if name == "half" else (128, 96))
+    text = write_report(work, images=1).read_text()
+    page = Page(text)
+    assert "3 runs on 2 val sets, student RetinaNet, ResNet-18." in page.words
+    assert f"{cells} 6 classes: cell a, cell b, cell c, cell d, cell e, cell f" in page.words
+    # a copy of the file is the same val set; that a student sees it smaller is said
+    assert {"box AP of 2 runs: half, whole", "AP over the epochs of all stages"} <= charts(text).keys()
+    assert "half within 64 x 48; whole within 128 x 96" in page.words
+    assert [row[0] for row in page.cells if row[1:3] == ["1", "small"]] == ["blood", "half", "whole"]
+    assert len([row for row in page.cells if row[:2] == ["run", "stage"]]) == 2
+    assert f"No pictures of blood: evaluated on {cells}; the pictures are of {copied}." in page.words
+    assert re.findall(r'aria-label="(\w+, stage \d)', text) == ["whole, stage 1", "whole, stage 2", "half, stage 2"]
+    # a file that is gone is known by its path; students that differ are named with their runs alone
+    cells.unlink()
+    evaluated_on(work / "whole", scenes, student="FCOS")
+    page = Page(write_report(work, images=0).read_text())
+    assert "3 runs on 2 val sets." in page.words
+    assert next(row[0] for row in page.cells if row[0].startswith("whole")) == "wholeFCOS, ResNet-18"
+
+
 def test_evaluations_of_a_stage_are_joined_over_stages_in_epochs(made) -> None:
     _, folder = made
     run = read_run(folder)
