@@ -86,7 +86,7 @@ def write_report(
         "number": number,
         "swatch": swatch,
     }
-    styles = Styles.choose(runs)
+    styles = Styles.choose([run for one in evaluations for run in one.runs])
     page = environment.get_template(_TEMPLATE).render(
         name=work_dir.absolute().name,
         folder=str(work_dir.absolute()),

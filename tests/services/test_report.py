@@ -402,7 +402,18 @@ def test_charts_keep_their_points_inside_and_their_values_apart() -> None:
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_the_page_is_no_wider_than_a_phone(made, tmp_path: Path) -> None:
     _, folder = made
-    text = write_report(folder, out=tmp_path / "page.html", images=1).read_text()
+    long = tmp_path / "work" / ("retinanet_distilled_from_many_" * 6)
+    shutil.copytree(folder, tmp_path / "work" / "short")
+    shutil.copytree(folder, long)
+    for file in (*long.glob("recipe.json"), *long.glob("stage-*/stage.json")):
+        file.write_text(file.read_text().replace('"swin"', json.dumps("swin" * 45)))
+    costs = {long.name: {"swin" * 45: 0.5}, "swin" * 45: {long.name: 0.25}}
+    order = {"costs": costs, "aps": {"swin" * 45: 30.0}, "sequence": ["swin" * 45], "reasons": {}}
+    (long / "order.json").write_text(json.dumps(order))
+    study = tmp_path / "study.json"
+    study.write_text(json.dumps({long.name: {"arms": {f"{long.name}-0": {"mAP": 10.0}}}}))
+    text = write_report(tmp_path / "work", study=study, out=tmp_path / "page.html", images=1).read_text()
+    assert "data:image/jpeg" in text
     # a window is never narrower than 500 px, a frame is
     measure = (
         "<script>parent.postMessage(document.documentElement.scrollWidth + ' of ' + innerWidth, '*')</script></body>"
