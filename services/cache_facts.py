@@ -76,8 +76,8 @@ class Forwards:
 
     Attributes:
         used: (teacher, image, view)s that students were trained on: what teachers beside them would have made.
-        computed: made to fill the caches: what is recorded, but at least one for each row that is there; None if neither
-            the records nor the rows are there.
+        computed: made to fill the caches: what is recorded, but at least one for each row that is there; None if of a group
+            that a stage was trained from neither the records nor the rows are there.
         live: made by teachers beside the students.
     """
 
@@ -129,9 +129,10 @@ def cache_facts(runs: Sequence[Run]) -> tuple[list[CacheFacts], list[str]]:
         for info in sorted(groups, key=lambda info: list(teachers).index(info.teacher)):
             filling = _filling(runs, info.name)
             if filling is None:
+                where = f" ({storage.where(info.name)})" if len(wanted) > 1 else ""
                 missing.append(
-                    f"No precompute of teacher {info.teacher} is recorded with these runs, so its throughput is not known; its "
-                    "rows were in the cache before."
+                    f"No precompute of teacher {info.teacher}{where} is recorded with these runs, so its throughput is not "
+                    "known; its rows were in the cache before."
                 )
             try:
                 cache = TeacherCache.open(uri, info.teacher, fingerprint=info.record)
@@ -158,7 +159,9 @@ def count_forwards(runs: Sequence[Run], facts: Sequence[CacheFacts]) -> Forwards
         rows[group] = filling.rows if filling else 0
     for fact in facts:
         rows[fact.info.name] = max(rows.get(fact.info.name, 0), fact.rows)
-    return Forwards(used, sum(rows.values()) if rows or used == live else None, live)
+    read = {name for stage in stages for name in stage.groups}
+    known = read <= rows.keys() and bool(rows or used == live)
+    return Forwards(used, sum(rows.values()) if known else None, live)
 
 
 def _uri(run: Run) -> Any:

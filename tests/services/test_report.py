@@ -203,6 +203,9 @@ def test_runs_on_other_data_are_neither_drawn_together_nor_shown_these_pictures(
     for name, ann_file in (("blood", cells), ("half", copied), ("whole", scenes)):
         shutil.copytree(folder, work / name)
         evaluated_on(work / name, ann_file, scale=(64, 48) if name == "half" else (128, 96))
+    shutil.copytree(recipe.cache.uri, tmp_path / "other")
+    file = work / "blood" / "recipe.json"
+    file.write_text(file.read_text().replace(json.dumps(recipe.cache.uri), json.dumps(str(tmp_path / "other"))))
     text = write_report(work, images=1).read_text()
     page = Page(text)
     assert "3 runs on 2 val sets, student RetinaNet, ResNet-18." in page.words
@@ -214,6 +217,11 @@ def test_runs_on_other_data_are_neither_drawn_together_nor_shown_these_pictures(
     assert len([row for row in page.cells if row[:2] == ["run", "stage"]]) == 2
     assert f"No pictures of blood: evaluated on {cells}; the pictures are of {copied}." in page.words
     assert re.findall(r'aria-label="(\w+, stage \d)', text) == ["whole, stage 1", "whole, stage 2", "half, stage 2"]
+    # groups of two caches are told apart
+    assert "80 rows of 4 groups" in page.words
+    groups = {row[1] for row in page.cells if row[0] == "small" and len(row) > 8}
+    assert {Path(group).parent for group in groups} == {tmp_path / "other", Path(recipe.cache.uri)}
+    assert f"No precompute of teacher swin ({tmp_path}/other/swin-" in page.words
     # a file that is gone is known by its path; students that differ are named with their runs alone
     cells.unlink()
     evaluated_on(work / "whole", scenes, student="FCOS")
@@ -303,6 +311,15 @@ def test_a_full_cache_is_not_empty_because_a_stage_was_not_begun_yet(made, tmp_p
     shutil.rmtree(group)
     page = Page(write_report(tmp_path / "run", images=0).read_text())
     assert f"The cache {tmp_path}/cache holds nothing of swin that these runs read" in page.words
+    # without the group that the student was trained from nobody knows how many forwards that was
+    (group,) = (path for path in (tmp_path / "cache").glob("small-*") if path.name == teacher_info(mine, "small").name)
+    shutil.rmtree(group)
+    shutil.copytree(
+        Path(recipe.cache.uri) / teacher_info(mine, "swin").name, tmp_path / "cache" / teacher_info(mine, "swin").name
+    )
+    text = write_report(tmp_path / "run", images=0).read_text()
+    assert "<dt>teacher forwards made</dt><dd>unknown<" in text
+    assert "<dt>saved</dt>" not in text
 
 
 def test_several_runs_a_study_and_an_order_with_names_that_are_markup(made, tmp_path: Path) -> None:
