@@ -137,7 +137,7 @@ def cache_facts(runs: Sequence[Run]) -> tuple[list[CacheFacts], list[str]]:
             try:
                 cache = TeacherCache.open(uri, info.teacher, fingerprint=info.record)
                 snr = cache.fidelity() if len(cache) else {}
-                size = sum(entry.size for entry in storage.walk(info.name))
+                size = bytes_on_disk(storage, info.name)
             except MtpdError as error:
                 missing.append(f"The group {info.name} cannot be read: {error}")
                 continue
@@ -147,6 +147,11 @@ def cache_facts(runs: Sequence[Run]) -> tuple[list[CacheFacts], list[str]]:
             )
             facts.append(CacheFacts(storage.where(), info, len(cache), size, levels, filling))
     return facts, missing
+
+
+def bytes_on_disk(storage: Storage, group: str) -> int:
+    """Of all files of a group: its shards, and the manifest, the detections and the attributes beside them."""
+    return sum(entry.size for entry in storage.walk(group))
 
 
 def count_forwards(runs: Sequence[Run], facts: Sequence[CacheFacts]) -> Forwards:

@@ -13,6 +13,7 @@ from mmdet.evaluation.functional import bbox_overlaps
 
 from cache import RecipeError
 from services.charts import Band, Line, line_chart
+from services.demo import cache_line
 from services.precompute import FillResult
 from services.records import keep_recipe, record_fill, record_use
 from services.report import write_report
@@ -377,6 +378,16 @@ def test_records_of_precomputes_accumulate_and_a_recipe_with_credentials_is_not_
     with pytest.raises(RecipeError, match="holds credentials"):
         keep_recipe(mine.model_copy(update={"cache": secret, "work_dir": str(tmp_path / "new")}))
     assert not (tmp_path / "new").exists()
+
+
+def test_the_demo_says_of_its_cache_what_the_report_does(made, tmp_path: Path) -> None:
+    recipe, folder = made
+    groups = [teacher_info(recipe, name).name for name in recipe.teachers]
+    fills = [FillResult(group[:-9], group, 20, 20, (), 1000, 1000, 1.0, 1.0) for group in groups]
+    page = Page(write_report(folder, out=tmp_path / "page.html", images=0).read_text())
+    shown = re.search(r"cache on disk([\d.]+ [kM]B)40 rows of 2 teachers", page.words)
+    assert shown
+    assert f"2.00 kB of shards, {shown[1]} on disk" in cache_line(fills, recipe.cache.uri)
 
 
 def test_a_teachers_boxes_lie_on_the_objects_of_the_image_as_it_is_stored(data: Path, tmp_path: Path) -> None:
