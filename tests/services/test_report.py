@@ -1,10 +1,8 @@
-"""The report of real runs: its numbers, what it says of missing parts, what it lets through from names, how it fits a phone."""
+"""The report of real runs: its numbers, what it says of missing parts, and what it lets through from names."""
 
 import json
 import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -12,82 +10,18 @@ import pytest
 from mmdet.evaluation.functional import bbox_overlaps
 
 from cache import RecipeError
-from services.charts import Band, Line, line_chart
 from services.demo import cache_line
 from services.precompute import FillResult
 from services.records import keep_recipe, record_fill, record_use
 from services.report import write_report
 from services.runs import find_runs, read_run
 from tests import models
+from tests.services.pages import Page, charts, copy_run
 from tests.trainer import precompute
-from trainer import Recipe, parse_recipe, take_pictures, teacher_info, train_stage
+from trainer import parse_recipe, take_pictures, teacher_info
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
-VOID = {"meta", "img", "br"}
 NONE = "\N{EN DASH}"
-
-
-class Page(HTMLParser):
-    """A page as a browser's parser meets it: it must be balanced, and fetch nothing."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.links: list[str] = []
-        self.cells: list[list[str]] = []
-        self.words = ""
-        self.feed(text)
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.links += [str(value) for name, value in attrs if name in ("src", "href", "data", "action")]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.cells.append([])
-        if tag in ("td", "th") and self.cells:
-            self.cells[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-        if tag == "p":
-            self.words += " "
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] == ["style"]:
-            assert "url(" not in data
-            assert "@import" not in data
-            return
-        self.words += data
-        if self.open and {"td", "th"} & set(self.open):
-            self.cells[-1][-1] += data.strip()
-
-
-@pytest.fixture(scope="module")
-def made(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
-    """A run of two stages of two epochs, evaluated after each."""
-    folder = tmp_path_factory.mktemp("report")
-    content = models.recipe(data, folder)
-    content["views"]["flip"] = "none"
-    content["student"]["cfg_options"]["train_cfg.val_interval"] = 1
-    for stage in content["stages"]:
-        stage["epochs"] = 2
-    for teacher in content["teachers"].values():
-        teacher["batch_size"] = 4
-    recipe = parse_recipe(content, "test")
-    keep_recipe(recipe)
-    for name in recipe.teachers:
-        assert not precompute.fill(recipe, name)
-    for number in (1, 2):
-        train_stage(recipe, number)
-    return recipe, Path(recipe.work_dir)
 
 
 def result(folder: Path, stage: int) -> dict:
@@ -119,62 +53,6 @@ def test_the_page_holds_the_numbers_of_the_results_and_fetches_nothing(made, tmp
     assert text.count("data:image/jpeg") == 2
     # of teacher and student P3 to P7 of both images
     assert text.count("data:image/png") == 2 * 2 * 5
-
-
-def copy_run(folder: Path, to: Path, **metrics: float) -> Path:
-    """A copy of a run without its weights, with these metrics of its first stage beside or in place of its own."""
-    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.pth"))
-    file = to / "stage-1" / "result.json"
-    content = json.loads(file.read_text())
-    content["metrics"] |= metrics
-    file.write_text(json.dumps(content))
-    return to
-
-
-def charts(text: str) -> dict[str, list[str]]:
-    """By what a chart is called the looks of its lines, class by class."""
-    found = re.findall(r'<svg class="chart"[^>]*aria-label="([^"]*)">(.*?)</svg>', text)
-    return {name: re.findall(r'<path class="line ([^"]*)"', inside) for name, inside in found}
-
-
-def legends(text: str) -> list[dict[str, str]]:
-    """By name the look of each entry of each legend."""
-    entries = r'<path class="line ([^"]*)" d="[^"]*"/></svg>([^<]*)</li>'
-    return [
-        {name: look for look, name in re.findall(entries, one)}
-        for one in re.findall(r'<ul class="legend">(.*?)</ul>', text)
-    ]
-
-
-def test_lines_of_one_chart_are_named_and_told_apart(made, tmp_path: Path) -> None:
-    _, folder = made
-    masked = copy_run(folder, tmp_path / "work" / "masked", segm_mAP=0.25)
-    text = write_report(masked, images=0).read_text()
-    (legend,) = legends(text)
-    assert list(legend) == ["box AP", "mask AP"]
-    drawn = charts(text)["AP over the epochs of all stages: box AP, mask AP"]
-    assert drawn == list(legend.values())
-    assert len(set(drawn)) == 2
-    # of several runs each kind has its chart, and of the run with masks alone a small one of mask AP
-    copy_run(folder, tmp_path / "work" / "boxes")
-    text = write_report(tmp_path / "work", images=0).read_text()
-    assert {"mask AP of masked", "box AP of masked", "box AP of boxes"} <= charts(text).keys()
-    assert "mask AP of boxes" not in charts(text)
-    assert [list(legend) for legend in legends(text)] == [["boxes", "masked"], ["masked"], ["boxes", "masked"]]
-
-
-def test_more_arms_than_colours_differ_in_their_dashes_and_seeds_share_a_line(made, tmp_path: Path) -> None:
-    _, folder = made
-    for arm in "abcdefghij":
-        copy_run(folder, tmp_path / f"{arm}-0")
-    copy_run(folder, tmp_path / "a-1")
-    text = write_report(tmp_path, images=0).read_text()
-    above, _ = legends(text)
-    assert list(above) == ["a, 2 seeds", *(f"{arm}-0" for arm in "bcdefghij")]
-    assert len(set(above.values())) == 10
-    (drawn,) = (looks for name, looks in charts(text).items() if name.startswith("box AP of 11 runs"))
-    assert set(drawn) == set(above.values())
-    assert ".d1 { stroke-dasharray" in text
 
 
 def evaluated_on(run: Path, ann_file: Path, *, student: str = "RetinaNet", scale: tuple[int, int] = (128, 96)) -> None:
@@ -410,51 +288,3 @@ def test_a_teachers_boxes_lie_on_the_objects_of_the_image_as_it_is_stored(data: 
         assert all(1 <= share < 2 for share in energy["P3"].share)
     assert len(best) > 5
     assert np.median(best) > 0.6  # in the pixels of the view it would be near 0.3
-
-
-def test_charts_keep_their_points_inside_and_their_values_apart() -> None:
-    lines = [
-        Line(name, [[(1, 10.0), (5, end)]], n, [5]) for n, (name, end) in enumerate({"a": 30.0, "b": 30.1}.items())
-    ]
-    chart = line_chart(lines, title="t", size=(340, 200), labels=("x", "y"), bands=[Band(0, 5, "s<1>")])
-    dots = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', chart)]
-    assert len(dots) == 4
-    assert all(0 <= x <= 340 and 0 <= y <= 200 for x, y in dots)
-    values = [float(y) for y in re.findall(r'class="value[^>]* y="([\d.]+)"', chart)]
-    assert abs(values[0] - values[1]) >= 12
-    assert "s&lt;1&gt;" in chart
-    assert line_chart([Line("one", [[(1, 0.0)]])], title="t", size=(340, 200), labels=("x", "y")).count("<circle") == 1
-    assert line_chart([], title="t", size=(340, 200), labels=("x", "y")) == ""
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_the_page_is_no_wider_than_a_phone(made, tmp_path: Path) -> None:
-    _, folder = made
-    long = tmp_path / "work" / ("retinanet_distilled_from_many_" * 6)
-    shutil.copytree(folder, tmp_path / "work" / "short")
-    shutil.copytree(folder, long)
-    for file in (*long.glob("recipe.json"), *long.glob("stage-*/stage.json")):
-        file.write_text(file.read_text().replace('"swin"', json.dumps("swin" * 45)))
-    costs = {long.name: {"swin" * 45: 0.5}, "swin" * 45: {long.name: 0.25}}
-    order = {"costs": costs, "aps": {"swin" * 45: 30.0}, "sequence": ["swin" * 45], "reasons": {}}
-    (long / "order.json").write_text(json.dumps(order))
-    study = tmp_path / "study.json"
-    study.write_text(json.dumps({long.name: {"arms": {f"{long.name}-0": {"mAP": 10.0}}}}))
-    text = write_report(tmp_path / "work", study=study, out=tmp_path / "page.html", images=1).read_text()
-    assert "data:image/jpeg" in text
-    # a window is never narrower than 500 px, a frame is
-    measure = (
-        "<script>parent.postMessage(document.documentElement.scrollWidth + ' of ' + innerWidth, '*')</script></body>"
-    )
-    (tmp_path / "page.html").write_text(text.replace("</body>", measure))
-    (tmp_path / "phone.html").write_text(
-        "<script>onmessage = event => document.title = event.data</script>"
-        '<iframe src="page.html" style="width:390px;height:800px;border:0"></iframe>'
-    )
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--hide-scrollbars", "--disable-gpu", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=3000", "--dump-dom", f"file://{tmp_path}/phone.html",
-    ]  # fmt: skip
-    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert re.search(r"<title>390 of 390</title>", dumped), dumped[:600]
