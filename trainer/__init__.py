@@ -14,7 +14,7 @@ with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
 
     register_all_modules(init_default_scope=True)
 
-from trainer.annotations import Annotations, read_annotations
+from trainer.annotations import Annotations, annotations_digest, read_annotations
 from trainer.asking import Answer, RowAsker, ask, counts, service_name, service_url
 from trainer.batches import TotalBatchSampler, ViewSampler, epoch_batches, epoch_order, share
 from trainer.compute import Failure, UnitComputer
@@ -125,6 +125,7 @@ __all__ = [
     "ViewedDataset",
     "Way",
     "adaptation_costs",
+    "annotations_digest",
     "ask",
     "assemble",
     "break_even_epochs",
