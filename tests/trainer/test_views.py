@@ -1,4 +1,4 @@
-"""Sampled views replayed for teacher and student; a student at reduced scale; several scales; schedules."""
+"""Sampled views replayed for teacher and student; a student at reduced scale; several scales."""
 
 import json
 import random
@@ -11,7 +11,7 @@ import torch
 from mmcv.transforms import BaseTransform
 from mmdet.registry import DATASETS, TRANSFORMS
 
-from cache import Images, RecipeError, SampledPolicy, TeacherCache, make_plan
+from cache import RecipeError, SampledPolicy, TeacherCache, make_plan
 from tests import models
 from tests.trainer import precompute
 from tests.trainer.test_stage import losses
@@ -28,10 +28,8 @@ from trainer import (
     teacher_info,
     train_stage,
 )
-from trainer.annotations import Annotations
 from trainer.mechanisms import MECHANISMS
 from trainer.mechanisms.base import fit
-from trainer.stage_config import _set_schedule
 
 SIZE = [96, 128]
 CROP = [
@@ -298,28 +296,3 @@ def test_several_scales_train_from_the_cache(data: Path, tmp_path: Path) -> None
         assert a == pytest.approx(b, rel=2e-3)
     scales = [t["scale"] for t in stage_config(recipe, 1).val_dataloader.dataset.pipeline if t["type"] == "Resize"]
     assert scales == [(128, 96)]
-
-
-@pytest.mark.parametrize(("epochs", "milestones"), [(6, [4, 5]), (12, [8, 11]), (24, [16, 22]), (36, [24, 33])])
-def test_schedules_of_a_set_of_cocos_size_are_the_published_ones(
-    data: Path, tmp_path: Path, epochs: int, milestones: list[int]
-) -> None:
-    content = models.recipe(data, tmp_path)
-    content["stages"][0]["epochs"] = epochs
-    del content["student"]["cfg_options"]["train_dataloader.batch_size"]
-    content["training"] = {"batch_size": 16}  # eight GPUs with two images each
-    recipe = parse_recipe(content, "test")
-    cfg = stage_config(recipe, 1)
-    fresh = models.load_config(recipe.student.config, recipe.student.cfg_options, "test")
-    fresh.train_dataloader.batch_size = cfg.train_dataloader.batch_size
-    images = 117_266
-    column = np.full(images, 640)
-    coco = Annotations(
-        Images(np.arange(images), column, column, [""] * images), ("a",), True, np.ones(images, np.bool_)
-    )
-    _set_schedule(fresh, recipe.stages[0], coco)
-    warm_up, steps = fresh.param_scheduler
-    assert (warm_up.type, warm_up.start_factor, warm_up.begin, warm_up.end) == ("LinearLR", 0.001, 0, 500)
-    assert (steps.type, steps.milestones, steps.gamma, steps.end) == ("MultiStepLR", milestones, 0.1, epochs)
-    assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.optimizer.momentum) == (0.01, 0.9)
-    assert fresh.optim_wrapper.clip_grad == {"max_norm": 35.0, "norm_type": 2}
