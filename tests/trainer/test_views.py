@@ -92,9 +92,8 @@ def test_teacher_and_student_see_the_same_pixels(data: Path, tmp_path: Path, pip
     assert np.mean(different) > 0.9
 
 
-def test_boxes_and_masks_lie_on_the_pixels_of_their_objects(data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "white"
-    folder.mkdir()
+def white_view(folder: Path, pipeline: list, count: int) -> ApplySampledView:
+    """Views of a black image, 160 wide and 120 high, of one white object with a mask."""
     image = np.zeros((120, 160, 3), np.uint8)
     image[40:80, 60:110] = 255
     cv2.imwrite(str(folder / "a.png"), image)
@@ -105,10 +104,13 @@ def test_boxes_and_masks_lie_on_the_pixels_of_their_objects(data: Path, tmp_path
         "categories": [{"id": 1, "name": "white"}],
         "annotations": [{**annotation, "segmentation": [polygon]}],
     }
-    (tmp_path / "white.json").write_text(json.dumps(content))
-    record = dict(pipeline=CROP[:3], seed=0, pad=0, masks=True)
-    policy = SampledPolicy(12, (96, 128), record).to_json()
-    view = ApplySampledView(policy, str(tmp_path / "white.json"), str(folder))
+    (folder / "white.json").write_text(json.dumps(content))
+    policy = SampledPolicy(count, (120, 160), dict(pipeline=pipeline, seed=0, pad=0, masks=True))
+    return ApplySampledView(policy.to_json(), str(folder / "white.json"), str(folder))
+
+
+def test_boxes_and_masks_lie_on_the_pixels_of_their_objects(tmp_path: Path) -> None:
+    view = white_view(tmp_path, CROP[:3], 12)
     loaded, corners = view.load(1), set()
     for number in range(12):
         made = view.make(loaded, number)
@@ -120,6 +122,35 @@ def test_boxes_and_masks_lie_on_the_pixels_of_their_objects(data: Path, tmp_path
             assert np.abs(box - (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)).max() <= 1.5
         corners.add(tuple(box.round().tolist()))
     assert len(corners) > 8
+
+
+AWAY = {"prob": 1.0, "min_mag": 0.0, "max_mag": 1.0, "img_border_value": 0}
+
+
+def test_boxes_that_a_pipeline_leaves_without_area_are_dropped_with_all_that_is_theirs(tmp_path: Path) -> None:
+    space = [[{"type": kind, **AWAY}] for kind in ("TranslateX", "TranslateY")]
+    view = white_view(tmp_path, [{"type": "RandAugment", "aug_space": space, "aug_num": 2}], 40)
+    loaded, counts = view.load(1), []
+    for number in range(40):
+        made = view.make(loaded, number)
+        boxes = made["gt_bboxes"].tensor
+        assert (boxes[:, 2:] - boxes[:, :2] >= 1).all()
+        assert len(made["gt_bboxes_labels"]) == len(made["gt_ignore_flags"]) == len(made["gt_masks"]) == len(boxes)
+        assert made["gt_masks"].masks.any() == (made["img"] > 127).any() == (len(boxes) > 0)
+        counts.append(len(boxes))
+    assert 5 < sum(counts) < 35
+
+
+@pytest.mark.parametrize("student", ["retinanet-r18", "mask-rcnn-r18"])
+def test_images_that_a_pipeline_leaves_without_boxes_are_trained_on(data: Path, tmp_path: Path, student: str) -> None:
+    pipeline = [{"type": "Resize", "scale": [128, 96]}, {"type": "TranslateX", **AWAY}, {"type": "TranslateY", **AWAY}]
+    recipe = sampled(
+        data, tmp_path, pipeline, masks=student == "mask-rcnn-r18", student=student, stages=[{"epochs": 1}]
+    )
+    dataset = DATASETS.build(stage_config(recipe, 1).train_dataloader.dataset)
+    empty = [not len(dataset[item]["data_samples"].gt_instances) for item in range(len(dataset))]
+    assert 4 < sum(empty) < len(empty)
+    assert np.isfinite([list(step.values()) for step in losses(recipe, 1, "cache", 3, mixed=False)]).all()
 
 
 def test_a_cache_of_sampled_views_gives_the_losses_of_the_teacher_beside_the_student(
