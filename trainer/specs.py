@@ -108,7 +108,7 @@ class SampledSpec(Spec):
         seed: another seed draws other views.
         pad: value of the padding in all three channels. The padding is part of the view.
         masks: load masks too: for transforms that paste objects, and for students that train on masks.
-        val_scale: (long edge, short edge) into which validation images are resized; by default as the student's config says.
+        val_scale: (long edge, short edge) into which validation images are resized; by default that of ``size``.
     """
 
     pipeline: PipelineSpec
@@ -141,11 +141,13 @@ class ViewsSpec(Spec):
         return self
 
     @property
-    def evaluation_scale(self) -> Scale | None:
-        """Into which val images are resized: the largest scale of the views; None leaves it to the student's config."""
-        if self.scale is None:
-            return self.sampled.val_scale if self.sampled else None
-        return max(self.scale, key=lambda scale: scale[0] * scale[1])
+    def evaluation_scale(self) -> Scale:
+        """(long edge, short edge) into which val images are resized: the largest scale of the views, or of sampled ones
+        ``val_scale``, by default their size."""
+        if self.scale is not None:
+            return max(self.scale, key=lambda scale: scale[0] * scale[1])
+        assert self.sampled is not None
+        return self.sampled.val_scale or (max(self.sampled.size), min(self.sampled.size))
 
     def policy(self, ann_file: str) -> Policy:
         """The policy that gives each view its number. Sampled views depend on the annotations, whose digest is part of it."""

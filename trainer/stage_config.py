@@ -34,8 +34,8 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
     """The mmengine config of a stage: the student's own, with views, targets, mechanisms and schedule in it.
 
     What is taken from the student's config: model, optimiser, schedule (stretched, see `set_schedule`), loaders and hooks. The
-    validation images are resized to the largest scale of the views, or, where views are sampled, to their ``val_scale`` or
-    else that of the student's config; either times the student's input scale.
+    validation images are resized, keeping their ratio, to the largest scale of the views, or to the ``val_scale`` of sampled
+    ones, times the student's input scale.
 
     Args:
         stage: number of the stage, from 1.
@@ -216,15 +216,17 @@ def _let_through(train: Annotations, left_out: dict[str, Any] | None) -> npt.NDA
 
 
 def _set_evaluation(cfg: Config, recipe: Recipe) -> None:
-    chosen = recipe.views.evaluation_scale
+    factor = recipe.student.input_scale
+    scale = tuple(max(1, round(side * factor)) for side in recipe.views.evaluation_scale)
     classes = cfg.train_dataloader.dataset.dataset.metainfo
     loaders = (cfg.val_dataloader, cfg.test_dataloader)
     # both are read before one is changed: a config may name one loader twice
     found = [next(d["pipeline"] for d in nested(plain_dict(one.dataset)) if "pipeline" in d) for one in loaders]
     for loader, test_pipeline in zip(loaders, found, strict=True):
         for transform in test_pipeline:
-            if transform["type"] == "Resize":
-                transform["scale"] = _reduced(chosen or transform.get("scale"), recipe.student.input_scale)
+            if kind(transform["type"]) in ("Resize", "FixScaleResize"):
+                transform.pop("scale_factor", None)
+                transform |= dict(scale=scale, keep_ratio=True)  # as views are resized
         loader.dataset = dict(
             type="CocoDataset",
             metainfo=classes,
@@ -237,12 +239,6 @@ def _set_evaluation(cfg: Config, recipe: Recipe) -> None:
         )
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         evaluator.ann_file = recipe.dataset.val.ann_file
-
-
-def _reduced(scale: Sequence[int] | None, factor: float) -> tuple[int, ...]:
-    if scale is None:
-        raise RecipeError("student.config: its test pipeline has a Resize without a scale.")
-    return tuple(scale) if factor == 1 else tuple(max(1, round(side * factor)) for side in scale)
 
 
 def _load_targets(recipe: Recipe, stage: int, cached: GroupInfo) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from trainer import (
     teacher_info,
     train_stage,
 )
+from trainer.evaluate import evaluation_loader
 from trainer.mechanisms import MECHANISMS
 from trainer.mechanisms.base import fit
 
@@ -271,6 +272,19 @@ def test_a_pipeline_that_cannot_be_replayed_stops_the_precompute(data: Path, tmp
 def test_each_fault_of_the_views_is_told(data: Path, tmp_path: Path, views: dict, expected: str) -> None:
     with pytest.raises(RecipeError, match=r"test: views[^\n]*" + expected):
         parse_recipe(models.recipe(data, tmp_path, views=views), "test")
+
+
+def test_students_are_evaluated_in_the_geometry_of_the_views(data: Path, tmp_path: Path) -> None:
+    content = models.recipe(data, tmp_path)
+    for loader in ("val", "test"):  # as SSD's
+        content["student"]["cfg_options"][f"{loader}_dataloader.dataset.pipeline.1.keep_ratio"] = False
+    views = {"sampled": {"pipeline": CROP, "count": 2, "size": [96, 160]}}
+    for given, scale in ((views, (160, 96)), ({"sampled": {**views["sampled"], "val_scale": [100, 80]}}, (100, 80))):
+        recipe = parse_recipe({**content, "views": given}, "test")
+        cfg = stage_config(recipe, 1, "online")
+        for loader in (cfg.val_dataloader, cfg.test_dataloader, evaluation_loader(recipe)):
+            resize = loader.dataset.pipeline[1]
+            assert (resize.type, tuple(resize.scale), resize.keep_ratio) == ("Resize", scale, True)
 
 
 FEATURES = [name for name, kind in MECHANISMS.module_dict.items() if kind.needs == {"features"}]
