@@ -21,9 +21,10 @@ def set_schedule(cfg: Config, epochs: int, steps: int, images: int) -> None:
 
     What is counted in epochs is stretched by the ratio of the stage's epochs to the config's own. Of what is counted in
     iterations (``by_epoch: False``) a warm-up stays as long as it is, or is cut to a tenth of the stage, and left out where
-    that is less than two steps; all else is stretched by the ratio of the stage's steps to the iterations of the config's training: its ``train_cfg.max_iters``, or
-    else where the last such scheduler ends. A scheduler without an end lasts as long as the stage. Milestones stay apart: of
-    two that fall on one epoch the later one moves to the next, or is left out where it would be behind the stage's end.
+    that is less than two steps; all else is stretched by the ratio of the stage's steps to the iterations of the config's
+    training: its ``train_cfg.max_iters``, or else where the last such scheduler ends. A scheduler without an end lasts as
+    long as the stage. Milestones stay apart: of two that fall on one epoch the later one moves to the next, or is left out
+    where it would be behind the stage's end.
 
     Args:
         cfg: the student's config, which is changed; ``train_dataloader.batch_size`` is that of a stage's step.
