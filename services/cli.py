@@ -70,6 +70,7 @@ def plan(
         typer.echo(json.dumps(plan_record(plans, cost), indent=1))
     else:
         show_plans(plans, cost)
+        _note_batch(content)
     if not force:
         refuse_too_large(open_storage(content.cache.uri), plans)
 
@@ -133,6 +134,7 @@ def train_command(
     content = decided(load_recipe(recipe))
     if stage is not None and stage > len(content.stages):
         raise RecipeError(f"--stage {stage}: {recipe} has {len(content.stages)} stages.")
+    _note_batch(content)
     stages = [stage] if stage is not None else list(range(1, len(content.stages) + 1))
     with serving.beside_training(content, stages) if targets == "cache" else nullcontext():
         _show_stages(train(content, stages, targets))
@@ -164,7 +166,9 @@ def run(recipe: RecipeFile, force: Force = False) -> None:
     from services.report import write_report
     from trainer import load_recipe
 
-    content = decided(load_recipe(recipe), compute=True, force=force)
+    content = load_recipe(recipe)
+    _note_batch(content)  # before anything that takes hours
+    content = decided(content, compute=True, force=force)
     fills, results = run_job(content, force=force)
     if not results:
         raise typer.Exit(1)
@@ -313,6 +317,13 @@ def _teachers(recipe: "Recipe", only: str | None) -> list[str]:
     if only not in recipe.teachers:
         raise RecipeError(f"--teacher {only}: not in `teachers` ({', '.join(recipe.teachers) or 'none'}).")
     return [only]
+
+
+def _note_batch(recipe: "Recipe") -> None:
+    from trainer import batch_note
+
+    if (note := batch_note(recipe)) is not None:
+        say(f"note: {note}")
 
 
 def _show_stages(results: "list[StageResult]") -> None:

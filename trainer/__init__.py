@@ -38,6 +38,7 @@ from trainer.distiller import Distiller
 from trainer.evaluate import evaluate_teacher, evaluation_loader, refuse_other_classes
 from trainer.first_epoch import first_epoch
 from trainer.groups import teacher_info, wanted_record
+from trainer.learning_rate import batch_note
 from trainer.loop import ResumableEpochLoop, SeedStepHook, StageCheckpointHook
 from trainer.measure import Measured, TeacherSeconds, measure
 from trainer.mechanisms import Batch
@@ -127,6 +128,7 @@ __all__ = [
     "adaptation_costs",
     "ask",
     "assemble",
+    "batch_note",
     "break_even_epochs",
     "break_even_students",
     "cheapest",

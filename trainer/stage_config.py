@@ -13,6 +13,7 @@ from trainer.annotations import Annotations, read_annotations
 from trainer.asking import service_url
 from trainer.config import kind, load_config, nested, plain_dict, set_classes
 from trainer.groups import teacher_info
+from trainer.learning_rate import follow_batch
 from trainer.needs import needs_of
 from trainer.recipe import Recipe
 from trainer.schedule import set_schedule
@@ -158,11 +159,7 @@ def _set_batches(cfg: Config, training: TrainingSpec) -> None:
     loader.sampler = dict(type="ViewSampler")
     loader.batch_sampler = dict(type="TotalBatchSampler", by_shape=by_shape)
     loader.pop("drop_last", None)
-    # mmengine would count the total batch once for each worker
-    scaling = cfg.get("auto_scale_lr") or {}
-    if scaling.get("enable"):
-        optimiser.optimizer.lr *= loader.batch_size / scaling.base_batch_size
-        scaling.enable = False
+    follow_batch(cfg)
     if training.amp is not None:
         for key in ("loss_scale", "dtype"):
             optimiser.pop(key, None)
