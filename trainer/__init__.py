@@ -14,6 +14,7 @@ with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
 
     register_all_modules(init_default_scope=True)
 
+from trainer.adaptation import Cost, adaptation_costs
 from trainer.annotations import Annotations, read_annotations
 from trainer.asking import Answer, RowAsker, ask, counts, service_name, service_url
 from trainer.batches import TotalBatchSampler, ViewSampler, epoch_batches, epoch_order, share
@@ -45,10 +46,8 @@ from trainer.mechanisms import Batch
 from trainer.needs import Needs, needs_of
 from trainer.order import (
     STUDENT,
-    Cost,
     OrderRows,
     Selection,
-    adaptation_costs,
     choose_rows,
     select_teachers,
     trained_student,

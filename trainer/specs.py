@@ -297,7 +297,8 @@ class OrderSpec(Spec):
     Attributes:
         images: images whose features are compared, each in one view; half of them to fit on, half to score on.
         max_teachers: the longest sequence.
-        ridge: penalty of the regression, in units of the mean variance of a channel.
+        ridge: penalty of the regression, in units of the mean variance of a channel; with less than the least, channels that
+            say the same make it insoluble.
         positions: drawn of each level of each image; null takes all.
         seed: of the draw of images and positions.
         checkpoint: of a trained student, whose features are compared; by default ``student.checkpoint``. With one of its own
@@ -307,7 +308,7 @@ class OrderSpec(Spec):
 
     images: Annotated[int, Field(ge=2)] = 2000
     max_teachers: PositiveInt = 3
-    ridge: PositiveFloat = 1e-4
+    ridge: Annotated[float, Field(ge=1e-12)] = 1e-4
     positions: PositiveInt | None = 512
     seed: Annotated[int, Field(ge=0)] = 0
     checkpoint: ExistingFile | None = None
