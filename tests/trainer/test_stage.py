@@ -197,6 +197,9 @@ def test_a_stage_that_is_done_is_not_trained_again_and_another_recipe_is_refused
     before = Path(results[0].student).stat().st_mtime_ns
     assert train_stage(recipe, 1) == results[0]
     assert Path(results[0].student).stat().st_mtime_ns == before
+    options = recipe.student.cfg_options | {"auto_scale_lr.base_batch_size": 4}  # the rate itself stays what it was
+    student = recipe.student.model_copy(update={"cfg_options": options})
+    assert train_stage(recipe.model_copy(update={"student": student}), 1) == results[0]
     longer = recipe.model_copy(
         update={"stages": (recipe.stages[0].model_copy(update={"epochs": 3}), *recipe.stages[1:])}
     )
