@@ -3,18 +3,22 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from mmengine.registry import Registry
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from cache import DenseLevel, Detections, Level, RecipeError
 from trainer import parts
 
 Need = Literal["features", "dense", "detections", "head"]
+# what a recipe may give for an argument, see `check_mechanism`; a weight of 0 switches a part off
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LevelNames = Annotated[Sequence[str], Field(min_length=1)]
 MECHANISMS = Registry("distillation mechanism", locations=["trainer.mechanisms"])
 
 
@@ -68,7 +72,7 @@ class Mechanism(nn.Module):
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    def __init__(self, student: Sequence[Level], teacher: Sequence[Level], *, loss_weight: float) -> None:
+    def __init__(self, student: Sequence[Level], teacher: Sequence[Level], *, loss_weight: Weight) -> None:
         super().__init__()
         self.loss_weight = loss_weight
         self.pairs: dict[str, tuple[Level, Level]] = {}
@@ -115,8 +119,8 @@ class LevelMechanism(Mechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float,
-        levels: Sequence[str] | None = None,
+        loss_weight: Weight,
+        levels: LevelNames | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight)
         self.pairs = pair(student, teacher, levels, type(self).__name__)
@@ -202,7 +206,8 @@ def check_mechanism(spec: Mapping[str, Any]) -> dict[str, Any]:
         It, with numbers that were written as text (YAML takes ``2e-5`` for one) as numbers.
 
     Raises:
-        ValueError: an unknown type or argument, or a value of another kind; the message names what is known.
+        ValueError: an unknown type or argument, or a value of another kind or outside of its bounds; the message names what is
+            known.
     """
     known = MECHANISMS.get(str(spec.get("type")))
     if known is None:
@@ -222,7 +227,7 @@ def check_mechanism(spec: Mapping[str, Any]) -> dict[str, Any]:
         try:
             checked[name] = TypeAdapter(arguments[name]).validate_python(value)
         except ValidationError as error:
-            raise ValueError(f"{name}: {error.errors()[0]['msg']} (got {value!r})") from None
+            raise ValueError(f"{spec['type']}.{name}: {error.errors()[0]['msg']} (got {value!r})") from None
     return checked
 
 

@@ -4,11 +4,13 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Annotated
 
 import torch
 from mmdet.models.dense_heads import ATSSHead, FCOSHead, GFLHead, RetinaHead
 from mmdet.models.losses.iou_loss import giou_loss, iou_loss
 from mmdet.models.losses.kd_loss import knowledge_distillation_kl_div_loss
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +18,7 @@ from cache import Level, RecipeError, level_name
 from trainer import parts
 from trainer.assignment import assign
 from trainer.dense import decode, dense_shape, flat_outputs, same_priors, strides
-from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism, pair
+from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism, Weight, pair
 from trainer.mechanisms.dense_logit import dense_heads, student_head
 from trainer.mechanisms.soft_targets import quality_focal
 
@@ -68,11 +70,11 @@ class CrossKDLoss(Mechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 1.0,
-        reused_teacher_head_idx: int | None = None,
-        cls_weight: float | None = None,
-        reg_weight: float | None = None,
-        ctr_weight: float | None = None,
+        loss_weight: Weight = 1.0,
+        reused_teacher_head_idx: Annotated[int, Field(ge=0)] | None = None,
+        cls_weight: Weight | None = None,
+        reg_weight: Weight | None = None,
+        ctr_weight: Weight | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight)
         self.pairs = pair(student, teacher, None, type(self).__name__)

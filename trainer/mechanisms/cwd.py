@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cache import Level
 from trainer import parts
-from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, LevelNames, Temperature, Weight, fit
 
 
 @MECHANISMS.register_module()
@@ -29,9 +29,9 @@ class CWDLoss(LevelMechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 5.0,
-        tau: float = 1.0,
-        levels: Sequence[str] | None = None,
+        loss_weight: Weight = 5.0,
+        tau: Temperature = 1.0,
+        levels: LevelNames | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight, levels=levels)
         self.tau = tau

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cache import Level, RecipeError, level_name
 from trainer import parts
 from trainer.dense import check_dense, decode, dense_shape, family, flat_outputs, place, same_priors, strides
-from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelNames, Mechanism, Temperature, Weight
 from trainer.mechanisms.soft_targets import quality_focal
 
 
@@ -47,11 +47,11 @@ class DenseLogitLoss(Mechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 1.0,
+        loss_weight: Weight = 1.0,
         mode: Literal["qfl", "kl"] | None = None,
-        temperature: float = 10.0,
-        box_weight: float = 0.0,
-        levels: Sequence[str] | None = None,
+        temperature: Temperature = 10.0,
+        box_weight: Weight = 0.0,
+        levels: LevelNames | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight)
         if mode not in (None, "qfl", "kl"):

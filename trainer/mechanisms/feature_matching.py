@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cache import Level
 from trainer import parts
-from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit, masked_mean, moments
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, LevelNames, Weight, fit, masked_mean, moments
 
 
 @MECHANISMS.register_module()
@@ -28,9 +28,9 @@ class FeatureMatchingLoss(LevelMechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 1.0,
+        loss_weight: Weight = 1.0,
         normalize: bool = False,
-        levels: Sequence[str] | None = None,
+        levels: LevelNames | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight, levels=levels)
         self.normalize = normalize

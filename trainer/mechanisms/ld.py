@@ -12,7 +12,7 @@ from cache import Level, RecipeError, level_name
 from trainer import parts
 from trainer.assignment import assign
 from trainer.dense import dense_shape, flat_outputs, place, strides
-from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism
+from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism, Temperature, Weight
 from trainer.mechanisms.dense_logit import dense_heads, refuse_other_positions, student_head
 
 
@@ -49,12 +49,12 @@ class LDLoss(Mechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 1.0,
-        ld_weight: float = 0.25,
-        temperature: float = 10.0,
-        vlr_weight: float = 0.0,
-        kd_weight: float = 10.0,
-        kd_temperature: float = 2.0,
+        loss_weight: Weight = 1.0,
+        ld_weight: Weight = 0.25,
+        temperature: Temperature = 10.0,
+        vlr_weight: Weight = 0.0,
+        kd_weight: Weight = 10.0,
+        kd_temperature: Temperature = 2.0,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight)
         self.ld_weight, self.vlr_weight, self.kd_weight = ld_weight, vlr_weight, kd_weight

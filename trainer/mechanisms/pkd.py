@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cache import Level
 from trainer import parts
-from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, LevelNames, Weight, fit
 
 
 @MECHANISMS.register_module()
@@ -28,8 +28,8 @@ class PKDLoss(LevelMechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 6.0,
-        levels: Sequence[str] | None = None,
+        loss_weight: Weight = 6.0,
+        levels: LevelNames | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight, levels=levels)
         self.align = self.adapters()
