@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cache import TeacherLoadError
+from cache import RecipeError, TeacherLoadError
 
 # the only names that a checkpoint may bring to life; every other object in it becomes an `_Inert`
 _ALLOWED = frozenset(
@@ -175,9 +175,25 @@ def _cascade_stage(name: str) -> tuple[str | None, int]:
     return None, 0
 
 
+def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of the weights that hold a NaN or Inf; from a GPU in one transfer."""
+    floating = {name: value for name, value in weights.items() if value.is_floating_point()}
+    finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist()
+    return [name for name, good in zip(floating, finite, strict=True) if not good]
+
+
 def save_student(student: nn.Module, path: Path, classes: tuple[str, ...]) -> None:
-    """Write a checkpoint of the student alone, as stock mmdet's ``init_detector`` expects it. Atomic."""
+    """Write a checkpoint of the student alone, as stock mmdet's ``init_detector`` expects it. Atomic.
+
+    Raises:
+        RecipeError: weights that are not finite.
+    """
     weights = OrderedDict((name, value.detach().cpu()) for name, value in student.state_dict().items())
+    if lost := not_finite(weights):
+        raise RecipeError(
+            f"{path}: not written: {len(lost)} of the student's weights are not finite ({', '.join(lost[:2])}, ...), though "
+            "as they were trained they are. Look at what its config averages them by (custom_hooks: EMAHook)."
+        )
     temporary = path.with_suffix(".tmp")
     torch.save({"state_dict": weights, "meta": {"dataset_meta": {"classes": classes}}}, temporary)
     temporary.replace(path)
