@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,8 +80,38 @@ def read_weights(path: str | Path, key: str) -> "OrderedDict[str, Tensor]":
     Raises:
         TeacherLoadError: not a checkpoint, or one without weights.
     """
+    content = _read(path, key)
+    weights = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise TeacherLoadError(f"{key}: {path}: holds no weights: expected a state dict, alone or under 'state_dict'.")
+    stripped = OrderedDict((name.removeprefix("module."), value) for name, value in weights.items())
+    # mmdet's modules read the version of what they load from here (deformable convolutions, for one)
+    stripped._metadata = getattr(weights, "_metadata", OrderedDict())  # type: ignore[attr-defined]
+    return stripped
+
+
+def read_classes(path: str | Path, key: str) -> tuple[str, ...] | None:
+    """The names of the classes that a checkpoint says its detector has, in order; None where it says nothing.
+
+    mmengine's Runner writes them as ``meta.dataset_meta.classes`` (or ``CLASSES``), mmdet 2 wrote ``meta.CLASSES``.
+
+    Raises:
+        TeacherLoadError: not a checkpoint.
+    """
+    # only the pages that are looked at are read: of weights none
+    content = _read(path, key, mmap=zipfile.is_zipfile(path))
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    for of in (meta.get("dataset_meta"), meta) if isinstance(meta, Mapping) else ():
+        for name in ("classes", "CLASSES") if isinstance(of, Mapping) else ():
+            found = of.get(name)
+            if isinstance(found, list | tuple) and found and all(isinstance(one, str) for one in found):
+                return tuple(found)
+    return None
+
+
+def _read(path: str | Path, key: str, **options: Any) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_WEIGHTS_PICKLE)
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_WEIGHTS_PICKLE, **options)
     except (
         pickle.UnpicklingError,
         RuntimeError,
@@ -92,13 +123,6 @@ def read_weights(path: str | Path, key: str) -> "OrderedDict[str, Tensor]":
         AttributeError,
     ) as error:
         raise TeacherLoadError(f"{key}: {path}: not a readable checkpoint ({error}).") from error
-    weights = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise TeacherLoadError(f"{key}: {path}: holds no weights: expected a state dict, alone or under 'state_dict'.")
-    stripped = OrderedDict((name.removeprefix("module."), value) for name, value in weights.items())
-    # mmdet's modules read the version of what they load from here (deformable convolutions, for one)
-    stripped._metadata = getattr(weights, "_metadata", OrderedDict())  # type: ignore[attr-defined]
-    return stripped
 
 
 def load_strict(model: nn.Module, path: str | Path, key: str) -> None:
