@@ -180,22 +180,21 @@ def position_softmax(values: Tensor, valid: Tensor) -> Tensor:
     return values.masked_fill(~valid, -torch.inf).flatten(2).softmax(dim=2).view_as(values)
 
 
-def fit(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+def fit(student: Tensor, valid: Tensor) -> Tensor:
     """The student's map at the teacher's size, bilinear where they differ (align_corners=False, as mmrazor).
 
     Only positions of each image's own map are mixed, so that what the student has in the padding cannot reach the edge.
 
     Args:
         student: (N, C, H, W).
-        teacher: (N, C_t, H', W').
-        valid: (N, 1, H', W') bool.
+        valid: (N, 1, H', W') bool, the images' own maps at the teacher's size.
     """
     size = student.shape[-2:]
-    if size == teacher.shape[-2:]:
+    if size == valid.shape[-2:]:
         return student
     inside = F.interpolate(valid.to(student.dtype), size, mode="nearest")
     both = torch.cat([student * inside, inside], dim=1)
-    resized = F.interpolate(both, teacher.shape[-2:], mode="bilinear", align_corners=False)
+    resized = F.interpolate(both, valid.shape[-2:], mode="bilinear", align_corners=False)
     return resized[:, :-1] / resized[:, -1:].clamp(min=1e-6)
 
 

@@ -38,7 +38,7 @@ class CWDLoss(LevelMechanism):
         self.align = self.adapters()
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
-        student = fit(self.align[level](student), teacher, valid)
+        student = fit(self.align[level](student), valid)
         ours, theirs = (_log_softmax(maps / self.tau, valid) for maps in (student, teacher))
         # outside both are minus infinity, whose difference is no number
         divergence = theirs.exp() * (theirs - ours).masked_fill(~valid.flatten(2), 0)

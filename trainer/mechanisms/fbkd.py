@@ -67,7 +67,7 @@ class FBKDLoss(LevelMechanism):
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
         parts: _Parts = self.parts[level]
-        student = fit(student, teacher, valid) * valid
+        student = fit(student, valid) * valid
         mask = (_attention(student, valid, self.temp) + _attention(teacher, valid, self.temp)) / 2
         masked = mask.detach().sqrt() * (teacher - parts.align(student))
         count = valid.sum(dim=(2, 3))

@@ -37,7 +37,7 @@ class FeatureMatchingLoss(LevelMechanism):
         self.align = self.adapters(by_stride=True)
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
-        error = (fit(self.align[level](student), teacher, valid) - teacher).square()
+        error = (fit(self.align[level](student), valid) - teacher).square()
         if self.normalize:
             _, variance = moments(teacher, valid, parts.whole)
             error = error / (variance + 1e-6)

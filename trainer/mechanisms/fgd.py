@@ -75,7 +75,7 @@ class FGDLoss(LevelMechanism):
         )
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
-        aligned = fit(self.align[level](student), teacher, valid)
+        aligned = fit(self.align[level](student), valid)
         (where_s, which_s), (where_t, which_t) = (_attentions(m, valid, self.temp) for m in (aligned, teacher))
         theirs = self.pairs[level][1]
         scale = 1 / (theirs.stride * theirs.pool * batch.input_scale)  # cells per pixel of the student's input

@@ -48,7 +48,7 @@ class MGDLoss(LevelMechanism):
         )
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
-        student = fit(self.align[level](student), teacher, valid)
+        student = fit(self.align[level](student), valid)
         kept = self._drawn(level, student, batch) <= 1 - self.mask_ratio
         first, second = self.generation[level]
         hidden = first(student * (kept & valid)).relu() * valid

@@ -35,7 +35,7 @@ class PKDLoss(LevelMechanism):
         self.align = self.adapters()
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
-        student = fit(self.align[level](student), teacher, valid)
+        student = fit(self.align[level](student), valid)
         count, squares, products, their_squares = _moments(student, teacher, valid)
         ours, theirs = (_deviation(of, count) for of in (squares, their_squares))
         # the mean of (norm(S) - norm(T))^2, multiplied out
