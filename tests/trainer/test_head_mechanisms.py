@@ -1,6 +1,7 @@
 """Mechanisms on heads against computations that loop over positions, on real small detectors and images of two sizes."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -624,6 +625,27 @@ def test_other_anchors_scales_or_depths_are_refused() -> None:
         DenseLogitLoss(LEVELS, LEVELS, box_weight=1.0).refuse_unfit(detector("gfl"), detector("fcos"))
     with pytest.raises(RecipeError, match="P3 of the teacher is stored pooled"):
         CrossKDLoss(LEVELS, (Level("P3", 16, 8, 2), *LEVELS[1:]))
+
+
+@pytest.mark.parametrize(
+    ("neck", "refused"),
+    [
+        ({}, None),  # a plain pyramid puts out its convolutions' maps as they are
+        ({"model.neck.norm_cfg": {"type": "BN"}}, "P3, P4, P5, P6, P7"),
+        ({"model.neck.type": "PAFPN"}, "P4, P5"),
+    ],
+)
+def test_maps_that_the_teachers_head_does_not_read_are_refused(neck: dict[str, Any], refused: str | None) -> None:
+    config, options = DETECTORS["retinanet"]
+    master = MODELS.build(load_config(config, {**options, **neck}, "test").model)
+    crosskd, pupil = CrossKDLoss(LEVELS, LEVELS), detector("retinanet")
+    crosskd.refuse_unfit(pupil, master)
+    message = (
+        rf"CrossKDLoss: .* does not read what is captured on {refused}; capture the maps that it reads \(its neck\)"
+    )
+    with pytest.raises(RecipeError, match=message) if refused else nullcontext():
+        crosskd.refuse_unfit(pupil, master, [f"neck.fpn_convs.{k}.conv" for k in range(5)])
+    assert master.training
 
 
 def test_a_class_that_the_student_does_not_have_is_refused() -> None:

@@ -73,9 +73,13 @@ def test_the_levels_that_the_mechanisms_match_are_stored_and_no_others(content, 
     [
         ("mask", {"type": "CrossKDLoss"}, "CrossKDLoss: teacher: .* has no dense head"),
         ("small", {"type": "LDLoss"}, "the student's RetinaHead gives boxes, not distributions"),
+        ("bare", {"type": "CrossKDLoss"}, r"does not read what is captured on P3, P4, .* \(its neck\)"),
     ],
 )
 def test_a_teacher_whose_head_does_not_fit_is_refused_before_it_is_run(content, teacher, mechanism, message) -> None:
+    small, bare = content["teachers"]["small"], [f"neck.fpn_convs.{k}.conv" for k in range(5)]
+    normed = {**small["cfg_options"], "model.neck.norm_cfg": {"type": "BN"}}
+    content["teachers"]["bare"] = {**small, "capture": bare, "cfg_options": normed}
     recipe = parse_recipe({**content, "stages": stages(mechanism, teacher=teacher)}, "test")
     with pytest.raises(RecipeError, match=message):
         teacher_info(recipe, teacher)

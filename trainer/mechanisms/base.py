@@ -91,11 +91,12 @@ class Mechanism(nn.Module):
         """What is worth a curve beside the loss, by name."""
         return {}
 
-    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module, capture: Sequence[str] = ("neck",)) -> None:
         """Refuse detectors that this mechanism cannot bring together, before a teacher is run.
 
         Args:
             student, teacher: the detectors, with any weights.
+            capture: modules of the teacher whose maps are its targets.
 
         Raises:
             RecipeError: what does not fit, and what would.

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from cache import Level, RecipeError, level_name
 from trainer import parts
 from trainer.assignment import assign
+from trainer.capture import levels_of_the_head
 from trainer.dense import decode, dense_shape, flat_outputs, same_priors, strides
 from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism, Weight, pair
 from trainer.mechanisms.dense_logit import dense_heads, student_head
@@ -60,7 +61,8 @@ class CrossKDLoss(Mechanism):
 
     Raises:
         RecipeError: pooled levels; `refuse_unfit`: no dense head of these four families, a teacher's head of another family, with
-            other anchors, strides, classes, bins or channels, a level that the two do not have in common.
+            other anchors, strides, classes, bins or channels, a level that the two do not have in common, captured maps that the
+            teacher's head does not read.
     """
 
     needs = frozenset({"features", "head"})
@@ -154,7 +156,7 @@ class CrossKDLoss(Mechanism):
             return self.index
         return max(0, theirs.stacked_convs - (2 if isinstance(theirs, FCOSHead) else 1))
 
-    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module, capture: Sequence[str] = ("neck",)) -> None:
         head, theirs = dense_heads(student, teacher, type(self).__name__)
         kind = _family(head)
         index, names = self._reused(theirs), [level_name(stride) for stride in strides(theirs)]
@@ -180,6 +182,11 @@ class CrossKDLoss(Mechanism):
             why = f"the teacher's head reads {', '.join(missing)} too, which is not among the levels that both have"
         elif any(self.pairs[name][1].channels != theirs.in_channels for name in names):
             why = f"the teacher's head reads {theirs.in_channels} channels; capture the maps that it reads (its neck)"
+        elif other := set(names) - levels_of_the_head(teacher, capture, "teachers.NAME.capture"):
+            why = (
+                f"the teacher's head does not read what is captured on {', '.join(sorted(other))}; capture the maps that it "
+                "reads (its neck)"
+            )
         elif any(ours.stride != told.stride for ours, told in self.pairs.values()):
             why = "the student sees its views at another scale than the teacher"
         if why is not None:

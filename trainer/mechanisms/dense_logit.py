@@ -92,7 +92,7 @@ class DenseLogitLoss(Mechanism):
             )
         return loss
 
-    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module, capture: Sequence[str] = ("neck",)) -> None:
         ours, theirs = dense_heads(student, teacher, type(self).__name__)
         names, known = ([level_name(stride) for stride in strides(head)] for head in (ours, theirs))
         used = [name for name in names if name in known] if self.levels is None else self.levels

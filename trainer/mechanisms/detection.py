@@ -61,7 +61,7 @@ class DetectionLoss(Mechanism):
         losses = _loss_on(batch.student, features, batch.inputs, samples)
         return torch.stack([_scalar(value) for name, value in losses.items() if "loss" in name]).sum()
 
-    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module, capture: Sequence[str] = ("neck",)) -> None:
         if student.with_mask and not teacher.with_mask:
             raise RecipeError(
                 "stages: DetectionLoss: the student learns masks, the teacher gives none. Take a teacher with masks, or a "

@@ -107,7 +107,7 @@ class LDLoss(Mechanism):
         kl = _kl(ours.reshape(-1, bins), theirs.reshape(-1, bins), self.temperature)
         return (kl * weight.repeat_interleave(4)).sum()
 
-    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module, capture: Sequence[str] = ("neck",)) -> None:
         head, theirs = dense_heads(student, teacher, type(self).__name__)
         if not isinstance(head, GFLHead):
             raise RecipeError(
