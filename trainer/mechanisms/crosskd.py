@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cache import Level, RecipeError, level_name
 from trainer import parts
-from trainer.assignment import assign
+from trainer.assignment import assign, refuse_other_targets
 from trainer.capture import levels_of_the_head
 from trainer.dense import decode, dense_shape, flat_outputs, same_priors, strides
 from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism, Weight, pair
@@ -60,9 +60,9 @@ class CrossKDLoss(Mechanism):
             0.75, -; GFL 1, 4, -.
 
     Raises:
-        RecipeError: pooled levels; `refuse_unfit`: no dense head of these four families, a teacher's head of another family, with
-            other anchors, strides, classes, bins or channels, a level that the two do not have in common, captured maps that the
-            teacher's head does not read.
+        RecipeError: pooled levels; `refuse_unfit`: no dense head of these four families, a student that finds its positives in a
+            way of its own, a teacher's head of another family, with other anchors, strides, classes, bins or channels, a level
+            that the two do not have in common, captured maps that the teacher's head does not read.
     """
 
     needs = frozenset({"features", "head"})
@@ -158,6 +158,7 @@ class CrossKDLoss(Mechanism):
 
     def refuse_unfit(self, student: nn.Module, teacher: nn.Module, capture: Sequence[str] = ("neck",)) -> None:
         head, theirs = dense_heads(student, teacher, type(self).__name__)
+        refuse_other_targets(head, f"stages: {type(self).__name__}: student")
         kind = _family(head)
         index, names = self._reused(theirs), [level_name(stride) for stride in strides(theirs)]
         why = None

@@ -37,7 +37,8 @@ class DenseLogitLoss(Mechanism):
         levels: the levels to use; by default all that both heads have.
 
     Raises:
-        RecipeError: `refuse_unfit`: no dense head, other anchors or classes, no common level, with ``box_weight`` another family.
+        RecipeError: `refuse_unfit`: no dense head, other anchors or classes, no common level, with ``box_weight`` another family,
+            with ``mode: kl`` a single class logit.
     """
 
     needs = frozenset({"dense"})
@@ -102,6 +103,11 @@ class DenseLogitLoss(Mechanism):
                 f"{', '.join(known)}; name levels that both have."
             )
         refuse_other_positions(ours, theirs, used, type(self).__name__)
+        if self.mode == "kl" and dense_shape(ours)[1] == 1:
+            raise RecipeError(
+                "stages: DenseLogitLoss.mode: kl compares softmaxes over the class logits; with one class and sigmoid there is "
+                "one, whose softmax is 1 on both sides, and the loss is 0. Take qfl, the default."
+            )
         if self.box_weight and family(ours) is not family(theirs):
             raise RecipeError(
                 f"stages: DenseLogitLoss.box_weight: boxes of a {type(theirs).__name__} are not read as those of the student's "
