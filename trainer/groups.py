@@ -18,6 +18,7 @@ from cache import (
     serves,
 )
 from trainer.annotations import read_annotations
+from trainer.classes import refuse_other_order
 from trainer.needs import Needs, needs_of, refuse_unfit
 from trainer.recipe import Recipe
 from trainer.teacher import class_counts, describe, fingerprint_record
@@ -83,9 +84,10 @@ def _refuse_other_classes(recipe: Recipe, name: str, needs: Needs) -> None:
     if not (needs.detections or needs.top_k or needs.head):
         return
     counts = class_counts(recipe.teachers[name], name)
-    classes = len(read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").classes)
-    if counts and classes not in counts:
+    classes = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").classes
+    if counts and len(classes) not in counts:
         raise RecipeError(
-            f"teachers.{name}: its heads have {', '.join(map(str, sorted(counts)))} classes, dataset.train has {classes}, and a "
-            "mechanism of its stages compares classes. Take mechanisms on features for this teacher."
+            f"teachers.{name}: its heads have {', '.join(map(str, sorted(counts)))} classes, dataset.train has {len(classes)}, "
+            "and a mechanism of its stages compares classes. Take mechanisms on features for this teacher."
         )
+    refuse_other_order(recipe.teachers[name].checkpoint, classes, f"teachers.{name}.checkpoint")

@@ -80,7 +80,8 @@ def train_stage(
         listen: given a pulse every few seconds.
 
     Raises:
-        RecipeError: the stage before is not done, or the folder holds a stage of another recipe.
+        RecipeError: the stage before is not done, or the folder holds a stage of another recipe; or the student's weights are not
+            finite any more.
         MissingRowsError: the cache does not have every row that the stage reads, and (``cache.on_missing``) it is not to be
             waited for, or in vain.
     """

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from cache import GroupInfo, RecipeError
 from trainer.annotations import Annotations, read_annotations
 from trainer.asking import service_url
+from trainer.classes import refuse_other_order
 from trainer.config import kind, load_config, nested, plain_dict, set_classes
 from trainer.groups import teacher_info
 from trainer.learning_rate import follow_batch
@@ -314,7 +315,8 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInf
             )
         distiller["teachers"][info.teacher] = given
     if stage == 1 and recipe.inherit_from is not None:
-        distiller["inherit_from"] = recipe.teachers[recipe.inherit_from].checkpoint
+        distiller["inherit_from"] = inherited = recipe.teachers[recipe.inherit_from].checkpoint
+        refuse_other_order(inherited, cfg.train_dataloader.dataset.dataset.metainfo["classes"], "student.inherit")
     cfg.model = distiller
 
 

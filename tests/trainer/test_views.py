@@ -1,6 +1,7 @@
 """Sampled views replayed for teacher and student; a student at reduced scale; several scales."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -310,6 +311,31 @@ def test_a_student_at_half_scale_trains_against_targets_of_whole_views(data: Pat
     assert "Resize" not in [t["type"] for t in whole]
 
 
+@pytest.mark.parametrize("scale", [0.5, 0.7, 1.0])
+def test_what_a_small_student_has_in_the_padding_does_not_reach_its_pooled_maps(
+    data: Path, tmp_path: Path, scale: float
+) -> None:
+    content = models.recipe(data, tmp_path)
+    content["student"]["input_scale"] = scale
+    arguments = {k: v for k, v in stage_config(parse_recipe(content, "test"), 1, "online").model.items() if k != "type"}
+    distiller = Distiller(**{**arguments, "teachers": {"small": {"levels": {"P3": [16, 8, 2]}}}})
+    sizes = [(12, 16), (7, 9)]  # of the teacher's own maps before they are pooled
+    teachers = [LiveMaps({"P3": torch.rand(16, -(-h // 2), -(-w // 2))}, {"P3": (h, w)}) for h, w in sizes]
+    maps = torch.rand(2, 16, math.ceil(14 * scale), math.ceil(18 * scale))
+    outside = torch.ones_like(maps, dtype=torch.bool)
+    for n, (h, w) in enumerate(sizes):
+        outside[n, :, : math.ceil(h * scale), : math.ceil(w * scale)] = False
+    seen = []
+    for noise in (0.0, 1e3):
+        one = torch.where(outside, noise, maps).requires_grad_()
+        batch = distiller._batch("small", teachers, {"P3": one}, maps, [], {"features": ()})
+        seen.append(batch.maps["P3"] * batch.valid["P3"])
+        (gradient,) = torch.autograd.grad(seen[-1].sum(), one)
+        assert not gradient[outside].any()
+        assert gradient[:, :, :4, :5].all()
+    torch.testing.assert_close(*seen)
+
+
 @pytest.mark.parametrize("scale", [0.5, 0.7])
 def test_maps_of_a_small_student_line_up_with_the_teachers(data: Path, tmp_path: Path, scale: float) -> None:
     """A ramp of brightness, averaged over the cells of each level, must be the same ramp on both sides."""
@@ -325,7 +351,7 @@ def test_maps_of_a_small_student_line_up_with_the_teachers(data: Path, tmp_path:
     maps = {"P3": torch.nn.functional.avg_pool2d(student, 8)}
     teacher = LiveMaps({"P3": torch.nn.functional.avg_pool2d(ramp, 8)[0]}, {"P3": (24, 36)})
     batch = distiller._batch("small", [teacher], maps, ramp, [], {"features": ()})
-    ours, theirs = fit(batch.maps["P3"], batch.targets["P3"], batch.valid["P3"]), batch.targets["P3"]
+    ours, theirs = fit(batch.maps["P3"], batch.valid["P3"]), batch.targets["P3"]
     assert batch.valid["P3"].sum() == 24 * 36
     inner = (..., slice(2, 20), slice(2, 32))
     assert (ours - theirs)[inner].abs().max() <= 4  # pixels: half a cell of stride 8
