@@ -127,14 +127,14 @@ def ap_panels(runs: Sequence[Run], styles: Styles) -> list[Panel]:
 def curve_panels(runs: Sequence[Run], styles: Styles) -> list[Panel]:
     """A small chart for each training scalar: the whole loss, the detector's, the mechanisms', and what drives them."""
     scalars = dict.fromkeys(name for run in runs for stage in run.stages for name in stage.curves)
-    mechanisms = {f"loss_{m}" for run in runs for stage in run.stages for m in stage.mechanisms}
+    mechanisms = tuple(f"loss_{m}" for run in runs for stage in run.stages for m in stage.mechanisms)
     notes = {"loss": "sum of all losses", "lr": "learning rate", "grad_norm": "gradient norm before clipping"}
     turns = {"loss": 0, "lr": 3, "grad_norm": 4}
     panels = []
-    for name in sorted(scalars, key=lambda name: turns.get(name, 2 if name in mechanisms else 1)):
+    for name in sorted(scalars, key=lambda name: turns.get(name, 2 if name.startswith(mechanisms) else 1)):
         lines = [Line(run.name, pieces, styles.of(run)) for run in runs if (pieces := run.curve(name))]
         bands = _bands(runs[0]) if len(runs) == 1 else [Band(0, _last_epoch(runs), "")]
-        note = notes.get(name, "mechanism" if name in mechanisms else "detector")
+        note = notes.get(name, "mechanism" if name.startswith(mechanisms) else "detector")
         chart = line_chart(lines, title=name, size=_PANEL, labels=("epoch", ""), bands=bands, show="{:.3g}".format)
         if chart:
             panels.append(Panel(name, note, chart))

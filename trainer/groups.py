@@ -88,6 +88,7 @@ def _refuse_other_classes(recipe: Recipe, name: str, needs: Needs) -> None:
     if counts and len(classes) not in counts:
         raise RecipeError(
             f"teachers.{name}: its heads have {', '.join(map(str, sorted(counts)))} classes, dataset.train has {len(classes)}, "
-            "and a mechanism of its stages compares classes. Take mechanisms on features for this teacher."
+            "and a mechanism of its stages compares classes. If it was trained for these, give it the config that it was trained "
+            "with: a stage's student.py, or cfg_options for its heads' num_classes. Else take mechanisms on features."
         )
     refuse_other_order(recipe.teachers[name].checkpoint, classes, f"teachers.{name}.checkpoint")

@@ -172,6 +172,7 @@ class ApplySampledView(BaseTransform):
         for number, transform in enumerate(self._transforms, start=1):
             try:
                 results = _apply(transform, results, partners, dice)
+                _refuse_stray_masks(results)
             except UnusableImageError:
                 raise
             except Exception as error:
@@ -325,6 +326,18 @@ def _without_slivers(results: dict[str, Any], width: int, height: int) -> dict[s
                 results[key] = results[key][kept]
         results["gt_bboxes"] = results["gt_bboxes"][torch.from_numpy(kept)]
     return results
+
+
+def _refuse_stray_masks(results: dict[str, Any] | None) -> None:
+    """Masks that a transform forgot would be trained on as if they were the boxes'."""
+    if results is None or "gt_masks" not in results:
+        return
+    masks, boxes, size = results["gt_masks"], results["gt_bboxes"], results["img"].shape[:2]
+    if len(masks) != len(boxes) or (masks.height, masks.width) != size:
+        raise ValueError(
+            f"it leaves {len(masks)} masks of {masks.width}x{masks.height} for {len(boxes)} boxes of {size[1]}x{size[0]} pixels; "
+            "masks do not follow it"
+        )
 
 
 def build_pipeline(pipeline: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -15,7 +15,7 @@ from pydantic import (
 
 from cache import Compression, Policy, Precision, SampledPolicy, ViewPolicy
 from trainer.annotations import annotations_digest
-from trainer.config import resolve
+from trainer.config import kind, resolve
 from trainer.mechanisms import check_mechanism
 from trainer.sampled import build_pipeline
 
@@ -98,6 +98,10 @@ class DatasetSpec(Spec):
     val: SplitSpec
 
 
+# mmdet's transforms that move boxes and leave masks where they were
+_LEAVE_MASKS = ("MixUp", "Mosaic", "RandomShift")
+
+
 class SampledSpec(Spec):
     """Views that a pipeline draws.
 
@@ -118,6 +122,16 @@ class SampledSpec(Spec):
     pad: Annotated[int, Field(ge=0, le=255)] = 114
     masks: bool = False
     val_scale: Scale | None = None
+
+    @model_validator(mode="after")
+    def _masks_follow(self) -> "SampledSpec":
+        for number, transform in enumerate(self.pipeline, start=1):
+            if self.masks and kind(transform["type"]) in _LEAVE_MASKS:
+                raise ValueError(
+                    f"masks: {transform['type']} (pipeline.{number}) moves boxes and leaves masks where they were. Leave it out,"
+                    " or set masks: false for a student that trains on boxes alone"
+                )
+        return self
 
 
 class ViewsSpec(Spec):

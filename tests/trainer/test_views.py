@@ -4,6 +4,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -30,6 +31,7 @@ from trainer import (
     train_stage,
 )
 from trainer.evaluate import evaluation_loader
+from trainer.images import UnusableImageError
 from trainer.mechanisms import MECHANISMS
 from trainer.mechanisms.base import fit
 
@@ -124,6 +126,21 @@ def test_boxes_and_masks_lie_on_the_pixels_of_their_objects(tmp_path: Path) -> N
             assert np.abs(box - (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)).max() <= 1.5
         corners.add(tuple(box.round().tolist()))
     assert len(corners) > 8
+
+
+@pytest.mark.parametrize("transform", [{"type": "RandomShift"}, MOSAIC[0], {**MOSAIC[2], "type": "mmdet.MixUp"}])
+def test_masks_that_would_not_follow_their_boxes_are_refused(
+    data: Path, tmp_path: Path, transform: dict[str, Any]
+) -> None:
+    with pytest.raises(RecipeError, match=r"views\.sampled: masks: .* \(pipeline\.2\) moves boxes and leaves masks"):
+        sampled(data, tmp_path, [CROP[2], transform], masks=True, student="mask-rcnn-r18")
+    sampled(data, tmp_path, [CROP[2], transform])
+    if transform["type"] != "RandomShift":  # of any other kind it shows in the view
+        view = white_view(tmp_path, [transform], 1)
+        with pytest.raises(
+            UnusableImageError, match=r"pipeline\.1 .* fails: ValueError: it leaves \d masks of 160x120"
+        ):
+            view.make(view.load(1), 0)
 
 
 AWAY = {"prob": 1.0, "min_mag": 0.0, "max_mag": 1.0, "img_border_value": 0}
