@@ -1,8 +1,8 @@
 """images/s of a whole precompute on Ray against the bare forward of its teacher, on the same views, on CPUs.
 
 The teacher is a Swin-T detector as mmdet ships its config, with random weights; the images are generated (640 x 480, JPEG),
-the view is 1333 x 800 without a flip; int8 P3-P7 and detections are stored. Two contenders take turns, each in a fresh actor
-with all CPUs and ``--threads`` threads of torch:
+the view is 1333 x 800 without a flip; int8 P3-P7 and detections are stored, so that both run the whole detector. Two
+contenders take turns, each in a fresh actor with all CPUs and ``--threads`` threads of torch:
 
 - "precompute": ``services.precompute.fill``, what ``mtpd precompute`` calls, into an empty cache: images are read, decoded
   and resized, the teacher runs, features are quantised, shards are written, flushed and committed.
@@ -71,7 +71,7 @@ def make_recipe(root: Path, teacher: str, images: int, threshold: float) -> dict
     torch.manual_seed(0)
     model = MODELS.build(load_config(config, {}, "teacher").model)
     torch.save({"state_dict": model.state_dict()}, root / "w.pth")
-    spec = {"config": config, "cfg_options": {key: threshold}, "checkpoint": str(root / "w.pth")}
+    spec = {"config": config, "cfg_options": {key: threshold}, "checkpoint": str(root / "w.pth"), "detections": True}
     split = {"ann_file": str(root / "all.json"), "img_dir": str(root)}
     return {
         "dataset": {"train": split, "val": split},

@@ -31,7 +31,7 @@ _BEGUN = "stage.json"
 # the same targets may come from a group that stores more or less of them, be waited for or not, kept on a local disk or not;
 # what is done about damage, how often a checkpoint is written, and in how many pieces a share is trained on, is free too
 _FREE = re.compile(
-    r"\.fingerprint\.(levels|dense|head)[:.]|\.head\.fingerprint\b|default_hooks\.checkpoint\b|model\.micro_batch\b"
+    r"\.fingerprint\.(levels|dense|head|detections)[:.]|\.head\.fingerprint\b|default_hooks\.checkpoint\b|model\.micro_batch\b"
     r"|\.(on_missing|service|on_damage|local_dir|local_bytes)\b"
 )
 

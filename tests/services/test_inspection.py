@@ -35,6 +35,7 @@ def test_of_a_recipe_the_picture_shows_the_view_that_the_teacher_saw(data: Path,
         assert f"image 3, view {record.view}: row {record.row} of {record.bucket}" in output
         assert f"float16 {list(maps.shape)}" in output
         assert f"{float(maps.min()):.3g} to {float(maps.max()):.3g}" in output
+    assert output.count("no detections: none are stored in this group") == 2
     picture = cv2.imread(str(tmp_path / "out" / "rows.png"))
     assert picture.shape[0] == 2 * (320 + 24)
     # what is drawn on the left is the image, and in the second row its mirror image
