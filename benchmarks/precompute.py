@@ -133,7 +133,7 @@ class Bare:
         return torch.get_num_threads()
 
     def run(self) -> dict[str, float]:
-        """Rates of the bare forward; and how long targets take to compute, and features alone, beside it: in turn on each view."""
+        """Rates of the bare forward; beside it, in turn on each view, what targets take to compute, and features alone."""
         calls = {
             "bare": self._forward,
             "compute": lambda one: self._computer.compute([one]),
