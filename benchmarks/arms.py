@@ -14,12 +14,16 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from scipy.stats import t as student_t
 
+from benchmarks.box_ap import box_ap
 from tests.trainer import precompute
-from trainer import Recipe, TargetSource, train_stage
+from trainer import Recipe, TargetSource, stage_dir, train_stage
 
 Arms = dict[str, dict[str, Any]]
+# AP, in points: so much differences of two that are rounded to a tenth deviate by that alone (0.1 / sqrt(6)), and some more
+_ROUNDING = 0.05
 
 
 @contextmanager
@@ -36,23 +40,26 @@ def lock(file: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def train(recipe: Recipe, source: TargetSource) -> dict[str, Any]:
-    """Train every stage of an arm, or what is left of it, its caches filled first where rows are missing.
+    """Train every stage of an arm, or what is left of it, its caches filled first where rows are missing, on a GPU
+    if there is one.
 
     Returns:
-        Box AP and AP50 in points, of the last stage and after each (``stages``), the teachers' forwards beside the student,
-        and seconds, of all attempts.
+        Box AP and AP50 in points, of the last stage, not rounded, and AP after each (``stages``; to a tenth of a point after
+        the earlier ones), the teachers' forwards beside the student, and seconds of training, of all attempts.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     names = dict.fromkeys(name for stage in recipe.stages for name in stage.teachers)
     for name in names if source == "cache" else ():
         with lock(Path(f"{recipe.cache.uri}.{name}.lock")):
-            if failures := precompute.fill(recipe, name):
+            if failures := precompute.fill(recipe, name, device=device):
                 raise RuntimeError(f"teacher {name}: {len(failures)} rows failed, the first: {failures[0]}")
     with redirect_stdout(StringIO()):  # pycocotools prints
         results = [train_stage(recipe, number, source) for number in range(1, len(recipe.stages) + 1)]
-    metrics = {name: 100 * results[-1].metrics.get(f"bbox_{name}", 0.0) for name in ("mAP", "mAP_50")}
+    metrics = box_ap(stage_dir(recipe, len(results)))
     return {
         **metrics,
-        "stages": [100 * result.metrics["bbox_mAP"] for result in results],
+        "rounded": False,
+        "stages": [*(100 * result.metrics["bbox_mAP"] for result in results[:-1]), metrics["mAP"]],
         "teacher_forwards": sum(result.teacher_forwards for result in results),
         "seconds": sum(result.seconds for result in results),
     }
@@ -66,7 +73,7 @@ def load(file: Path, study: str, settings: dict[str, Any]) -> Arms:
     settings = json.loads(json.dumps(settings))  # tuples are lists in there
     if differing := [key for key in settings if content["settings"].get(key) != settings[key]]:
         shown = ", ".join(f"{key}: {content['settings'].get(key)}, not {settings[key]}" for key in differing)
-        raise SystemExit(f"{file}: {study} was measured with {shown}. Choose another --json.")
+        raise SystemExit(f"error: {file}: {study} was measured with {shown}. Choose another --json.")
     return dict(content["arms"])
 
 
@@ -97,6 +104,16 @@ def paired(arms: Arms, arm: str, baseline: str) -> list[float]:
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
+def below_rounding(values: Sequence[float], *results: dict[str, Any]) -> bool:
+    """Whether differences of AP deviate no more than by rounding: then their deviation and interval are not the trainings'.
+
+    Args:
+        values: two differences at least.
+        results: what they are differences of. Those without ``rounded: false`` were recorded to a tenth of a point.
+    """
+    return any(result.get("rounded", True) for result in results) and statistics.stdev(values) < _ROUNDING
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean and sample standard deviation."""
     if not values:
@@ -111,9 +128,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def verdict(values: Sequence[float]) -> tuple[str, str]:
-    """The interval of a mean difference, and what it says."""
+def verdict(values: Sequence[float], *results: dict[str, Any]) -> tuple[str, str]:
+    """The interval of a mean difference, and what it says; ``results`` as in `below_rounding`."""
     if len(values) < 2:
         return "-", "one seed says nothing"
+    if below_rounding(values, *results):
+        return "-", "below rounding"
     low, high = interval(values)
     return f"{low:+.2f} .. {high:+.2f}", "within the noise" if low <= 0 <= high else "BEYOND the noise"

@@ -33,7 +33,7 @@ from mmdet.registry import MODELS
 
 from benchmarks.arms import read, record
 from benchmarks.cost_steps import measure_steps, show_steps
-from benchmarks.study import FIRST_VAL_ID, SCENES
+from benchmarks.study_data import FIRST_VAL_ID, SCENES
 from benchmarks.study_settings import DEMO
 from services import cluster
 from services.measure import measure_job

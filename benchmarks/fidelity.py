@@ -95,7 +95,7 @@ def show(arms: Arms) -> None:
     for source in SOURCES[1:]:
         pairs = {name: paired(arms, f"{name}-{source}", f"{name}-online") for name in MECHANISMS}
         for name, values in {**pairs, "all": list(chain(*pairs.values()))}.items():
-            rows.append([f"{name}, {source}", len(values), spread(values), *verdict(values)])
+            rows.append([f"{name}, {source}", len(values), spread(values), *verdict(values, *arms.values())])
     table("paired by seed", ["targets", "pairs", "difference to online", "95 % interval", ""], rows)
 
 

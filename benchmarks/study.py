@@ -16,81 +16,35 @@ second process with the same command takes arms that nobody holds::
 the tables and the figure from the results.
 """
 
-import json
 import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
 import cv2
-import numpy as np
 import torch
 import typer
 from mmdet.registry import MODELS
 
 from benchmarks.arms import load, lock, read, record, train
 from benchmarks.study_arms import CORE, Arm, arms, described, grid, mechanism
-from benchmarks.study_settings import GPU, SETTINGS, Setting
+from benchmarks.study_data import prepare, slug, study_folder
+from benchmarks.study_options import chosen_arms, chosen_seeds, chosen_setting, in_one_line, wrong
+from benchmarks.study_origin import origin, refuse_other, teachers_and_data
+from benchmarks.study_settings import SETTINGS, Setting
 from benchmarks.study_summary import summarise
 from services.present import say
-from trainer import (
-    Recipe,
-    SceneOptions,
-    generate,
-    parse_recipe,
-    read_annotations,
-    train_stage,
-)
+from trainer import Recipe, parse_recipe, read_annotations, train_stage
 from trainer.checkpoint import inherit, read_weights, save_student
 from trainer.config import load_config, set_classes
 from trainer.evaluate import evaluate_teacher
 
-# objects of 29 pixels and more: the smaller ones of the demo's scenes are beyond every student here
-SCENES = SceneOptions(max_objects=4, min_size=0.2, clutter=3.0)
-FIRST_VAL_ID = 1_000_001  # behind every scene that a teacher was trained on
 TUNE_SEED = 100
-
-
-def prepare(setting: Setting, root: Path, folder: Path | None) -> None:
-    """Images and annotation files: ``pool`` is what teachers saw, ``train`` the student's part of it, ``val``."""
-    data = root.parent / "data"
-    with lock(root.parent / "data.lock"):
-        if not (data / "annotations" / "val.json").exists():
-            if setting.data == "scenes":
-                generate(data, "pool", setting.teacher_images, seed=0, options=SCENES)
-                generate(data, "val", setting.val_images, seed=0, first_id=FIRST_VAL_ID, options=SCENES)
-            else:
-                _take(setting, data, folder)
-        if not (root / "train.json").exists():
-            root.mkdir(parents=True, exist_ok=True)
-            _part(data / "annotations" / "pool.json", root / "train.json", setting.images)
-
-
-def _take(setting: Setting, data: Path, folder: Path | None) -> None:
-    """A set from a folder: its images by a link, of its annotations so many images."""
-    if folder is None or not (folder / setting.data).is_dir():
-        raise SystemExit(f"--data: {folder} holds no folder {setting.data}, whose images this setting is about")
-    (data / "annotations").mkdir(parents=True, exist_ok=True)
-    for name, split, count in (("pool", "train", setting.teacher_images), ("val", "val", setting.val_images)):
-        if not (data / name).is_symlink():
-            (data / name).symlink_to((folder / setting.data / "images").absolute())
-        _part(folder / setting.data / "annotations" / f"{split}.json", data / "annotations" / f"{name}.json", count)
-
-
-def _part(source: Path, target: Path, count: int) -> None:
-    """So many images of an annotation file, always the same ones, with their objects."""
-    content = json.loads(source.read_text())
-    images = content["images"]
-    chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:count])
-    content["images"] = [images[number] for number in chosen]
-    ids = {image["id"] for image in content["images"]}
-    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in ids]
-    target.write_text(json.dumps(content))
 
 
 def _recipe(setting: Setting, root: Path, train_file: Path, work_dir: Path, seed: int, **content: Any) -> Recipe:
@@ -155,12 +109,24 @@ def student(setting: Setting) -> dict[str, Any]:
     return {"config": setting.student.config, "cfg_options": options}
 
 
+def trained_student(root: Path, seed: int) -> Path:
+    """The student of the arm ``alone``, which others start from; there once that arm is done."""
+    return root / "arms" / f"alone-{seed}" / "stage-1" / "student.pth"
+
+
+def _arm_lock(root: Path, name: str, seed: int) -> Path:
+    return root / "locks" / f"{slug(name)}-{seed}"
+
+
 def start(setting: Setting, root: Path, kind: str, seed: int) -> Path:
     """The checkpoint that every arm with this start and seed begins with."""
     if kind == "trained":
-        trained = root / "arms" / f"alone-{seed}" / "stage-1" / "student.pth"
+        with lock(_arm_lock(root, "alone", seed)):  # another process may be at it
+            trained = trained_student(root, seed)
         if not trained.exists():
-            raise SystemExit(f"the arm alone-{seed} is not done, from whose student others start; train it first")
+            raise SystemExit(
+                f"error: {trained} is missing, from which others start: the arm alone-{seed} was not trained"
+            )
         return trained
     file = root / "starts" / f"{slug(kind)}-{seed}.pth"
     with lock(file.with_suffix(".lock")):
@@ -201,11 +167,6 @@ def recipe_of(setting: Setting, root: Path, name: str, arm: Arm, seed: int) -> R
     )
 
 
-def slug(name: str) -> str:
-    """A name as a folder is called."""
-    return name.replace(",", "").replace(" ", "-")
-
-
 def missing(todo: Iterable[tuple[str, Arm, int]], done: dict[str, Any]) -> list[tuple[str, Arm, int]]:
     """What is not trained yet.
 
@@ -219,11 +180,32 @@ def missing(todo: Iterable[tuple[str, Arm, int]], done: dict[str, Any]) -> list[
             left.append((name, arm, seed))
         elif result["arm"] != described(arm):
             raise SystemExit(
-                f"{name}-{seed} was trained as {result['arm']}, not as {described(arm)}: take it out or rename it."
+                f"error: {name}-{seed} was trained as {result['arm']}, not as {described(arm)}: take it out or rename it."
             )
     return left
 
 
+def refuse_without_start(todo: list[tuple[str, Arm, int]], root: Path, done: dict[str, Any], json_path: Path) -> None:
+    """What starts from the student of ``alone`` needs that student, or ``alone`` trained before it.
+
+    Raises:
+        SystemExit: it is not there, and nobody asked for it.
+    """
+    asked = {seed for name, _, seed in todo if name == "alone"}
+    for name, arm, seed in todo:
+        if arm.start != "trained" or seed in asked or trained_student(root, seed).exists():
+            continue
+        if f"alone-{seed}" in done:
+            wrong(
+                f"--only: {name}-{seed} starts from the student of alone-{seed}, which is in {json_path} but not in --dir: "
+                f"{trained_student(root, seed)} is missing; copy it there, or choose another --json"
+            )
+        wrong(
+            f"--only: {name}-{seed} starts from the student of alone-{seed}, which is not trained: add alone to --only"
+        )
+
+
+@in_one_line()
 def work(study: str, setting: Setting, root: Path, json_path: Path, todo: list[tuple[str, Arm, int]]) -> None:
     """Train what nobody holds, one arm after the other."""
     logging.disable(logging.INFO)
@@ -231,55 +213,58 @@ def work(study: str, setting: Setting, root: Path, json_path: Path, todo: list[t
     cv2.setNumThreads(0)
     settings = asdict(setting)
     for name, arm, seed in todo:
-        with lock(root / "locks" / f"{slug(name)}-{seed}", wait=False) as ours:
+        with lock(_arm_lock(root, name, seed), wait=False) as ours:
             # another process may have done it since
-            if not ours or not missing([(name, arm, seed)], load(json_path, study, settings)):
+            if not ours or not missing([(name, arm, seed)], done := load(json_path, study, settings)):
                 continue
-            result = train(recipe_of(setting, root, name, arm, seed), arm.source)
-            record(json_path, study, settings, f"{name}-{seed}", result | {"arm": described(arm)})
+            recipe = recipe_of(setting, root, name, arm, seed)
+            about = {"arm": described(arm), "origin": origin(recipe)}
+            refuse_other(f"{name}-{seed}", about, done, f"{json_path}: {study}")
+            result = train(recipe, arm.source)
+            record(json_path, study, settings, f"{name}-{seed}", result | about)
             say(f"{name}-{seed}: AP {result['mAP']:.1f} in {result['seconds']:.0f} s")
 
 
 def main(
     json_path: Annotated[Path, typer.Option("--json", help="Results; appended to.")],
-    root: Annotated[Path, typer.Option("--dir", help="Data, teachers, caches and the arms' folders.")],
+    folder: Annotated[
+        Path | None, typer.Option("--dir", help="Data, teachers, caches and the arms' folders; not for --summary.")
+    ] = None,
     name: Annotated[str, typer.Option("--setting", help=f"Data and detectors: {', '.join(SETTINGS)}.")] = "scenes",
     gpu: Annotated[
-        bool, typer.Option(help="R18-class student, R50- and Swin-T-class teachers, thousands of images.")
+        bool, typer.Option(help="R18-class student, R50- and Swin-T-class teachers, thousands of scenes.")
     ] = False,
     data: Annotated[Path | None, typer.Option(help="Folder that holds bccd, nuclei and robocup.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of every arm, with commas.")] = "0,1,2",
     only: Annotated[str, typer.Option(help=f"Arms to train, with semicolons; else {'; '.join(CORE)}.")] = "",
-    images: Annotated[int, typer.Option(help="Images the student is trained on; 0: the setting's.")] = 0,
-    epochs: Annotated[int, typer.Option(help="Epochs of every arm; 0: the setting's.")] = 0,
+    images: Annotated[int, typer.Option(min=0, help="Images the student is trained on; 0: the setting's.")] = 0,
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of every arm; 0: the setting's.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes, each of one thread.")] = 1,
     tune: Annotated[bool, typer.Option(help="Train the grid of weights, with a seed of its own.")] = False,
     summary: Annotated[bool, typer.Option(help="Train nothing; write tables and figure beside --json.")] = False,
 ) -> None:
     """Train what is missing, then show all that is there."""
     if summary:
+        if not json_path.exists():
+            wrong(f"--json: there is no {json_path} to summarise")
         summarise(json_path)
         return
-    setting = replace(SETTINGS[name], **(GPU if gpu else {}))
-    setting = replace(setting, images=images or setting.images, epochs=epochs or setting.epochs)
+    if folder is None:
+        wrong("--dir: say where data, teachers, caches and the arms' folders are kept")
+    setting = chosen_setting(name, gpu, images, epochs)
     study = f"{name}{' gpu' if gpu else ''}, {setting.images} images, {setting.epochs} epochs"
-    root = root.absolute() / slug(name + " gpu" * gpu) / f"{setting.images}-images-{setting.epochs}-epochs"
+    root = study_folder(folder, name + " gpu" * gpu, setting)
     every = grid(setting) if tune else arms(setting)
-    wanted = [part.strip() for part in only.split(";")] if only else list(every if tune else CORE)
-    if unknown := set(wanted) - every.keys():
-        raise SystemExit(f"--only: no arm {', '.join(unknown)}; there are {'; '.join(every)}")
-    numbers = [TUNE_SEED] if tune else [int(seed) for seed in seeds.split(",")]
+    wanted = chosen_arms(only, every, list(every if tune else CORE))
+    numbers = [TUNE_SEED] if tune else chosen_seeds(seeds)
+    done = load(json_path, study, asdict(setting))
     # seed by seed, so that a study that is stopped is whole for the seeds before
-    todo = missing(
-        [(arm, every[arm], seed) for seed in numbers for arm in wanted], load(json_path, study, asdict(setting))
-    )
+    todo = missing([(arm, every[arm], seed) for seed in numbers for arm in wanted], done)
+    refuse_without_start(todo, root, done, json_path)
     logging.disable(logging.INFO)
-    prepare(setting, root, data)
-    for teacher_name in dict.fromkeys(used for _, arm, _ in todo for used in arm.teachers):
-        if teacher_name not in read(json_path).get(study, {}).get("teachers", {}):
-            reached = evaluate(setting, root, teacher_name)
-            record(json_path, study, asdict(setting), teacher_name, reached, "teachers")
-            say(f"teacher {teacher_name}: AP {reached:.1f}")
+    with in_one_line():
+        prepare(setting, root, data)
+        _measure_teachers(study, setting, root, json_path, todo)
     os.environ["OMP_NUM_THREADS"] = "1"
     spawn: Callable[..., Any] = multiprocessing.get_context("spawn").Process
     processes = [spawn(target=work, args=(study, setting, root, json_path, todo)) for _ in range(workers)]
@@ -288,8 +273,25 @@ def main(
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
-        raise SystemExit("a worker failed; run the same command again to go on")
+        raise SystemExit("error: a worker failed; once what it says above is mended, the same command goes on")
     summarise(json_path)
+
+
+def _measure_teachers(
+    study: str, setting: Setting, root: Path, json_path: Path, todo: list[tuple[str, Arm, int]]
+) -> None:
+    """Record the AP of the teachers that are needed, which are trained if they are not there, before any arm is trained."""
+    names = list(dict.fromkeys(used for _, arm, _ in todo for used in arm.teachers))
+    checkpoints = {name: checkpoint(setting, root, name) for name in names}
+    shared = teachers_and_data(checkpoints, root / "train.json", root.parent / "data" / "annotations" / "val.json")
+    settings = asdict(setting)
+    # here already: the workers' arms may be hours away
+    refuse_other("this command", {"origin": shared}, load(json_path, study, settings), f"{json_path}: {study}")
+    for name in names:
+        if name not in read(json_path).get(study, {}).get("teachers", {}):
+            reached = evaluate(setting, root, name)
+            record(json_path, study, settings, name, reached, "teachers")
+            say(f"teacher {name}: AP {reached:.1f}")
 
 
 if __name__ == "__main__":

@@ -97,16 +97,17 @@ SETTINGS = {
         teacher_images=400,
         val_images=364,
         scale=(320, 240),
-        teachers=_REAL,
+        epochs=16,
+        teachers={name: replace(one, epochs=one.epochs * 3 // 5) for name, one in _REAL.items()},
         others={},
     ),
 }
+# width and height of most images of a set
+_OWN_SIZES = {"bccd": (640, 480), "nuclei": (256, 256), "robocup": (304, 400)}
 # R18-class student and first teacher, Swin-T-class last teacher
-GPU = dict(
-    scale=(512, 384),
-    images=3000,
-    teacher_images=20000,
-    val_images=1000,
+_GPU_SCALE = (512, 384)
+_GPU_COUNTS = dict(images=3000, teacher_images=20000, val_images=1000)
+_GPU = dict(
     batch=16,
     student=Detector(_STUDENT, _resnet(18, 64, 256) | {"optim_wrapper.optimizer.lr": 2e-4}),
     teachers={
@@ -115,3 +116,14 @@ GPU = dict(
     },
     others={},
 )
+
+
+def on_gpu(setting: Setting) -> Setting:
+    """A setting with the detectors, batch and scale of a GPU; scenes in thousands, of a set of images what there is.
+
+    Images are not enlarged to the scale: nothing would be seen that was not there before.
+    """
+    if setting.data not in _OWN_SIZES:
+        return replace(setting, scale=_GPU_SCALE, **_GPU_COUNTS, **_GPU)
+    long, short = sorted(_OWN_SIZES[setting.data], reverse=True)
+    return replace(setting, scale=(min(_GPU_SCALE[0], long), min(_GPU_SCALE[1], short)), **_GPU)

@@ -1,13 +1,15 @@
 """The study's results as tables, sentences and a figure, all from its JSON."""
 
 import statistics
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
-from benchmarks.arms import Arms, by_seed, interval, paired, read, spread
+from benchmarks.arms import Arms, below_rounding, by_seed, interval, paired, read, spread
 from benchmarks.study_arms import MECHANISMS, arms
+from benchmarks.study_origin import differing
 from benchmarks.study_settings import SETTINGS
 from services.present import say
 
@@ -16,6 +18,10 @@ from matplotlib import pyplot as plt  # after the choice of a backend that needs
 
 MARK = "<!-- below: written by `python -m benchmarks.study --summary` -->"
 _ENOUGH = 3  # seeds, for an interval
+_COVERED = (
+    "The intervals cover the randomness of training alone: all seeds share the images, the val set and each teacher's one "
+    "checkpoint."
+)
 # (arm, baseline, what differs between the two alone)
 COMPARISONS = (
     ("inherited", "alone", "inheriting neck and head, no distillation"),
@@ -51,10 +57,43 @@ COMPARISONS = (
 )
 
 
+class Difference(NamedTuple):
+    """Two arms that differ in ``what`` alone: AP of the one minus the other's, by seed.
+
+    Attributes:
+        hidden: so alike over the seeds that rounding explains it.
+    """
+
+    arm: str
+    baseline: str
+    what: str
+    values: list[float]
+    hidden: bool
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of 95 %; None of too few seeds, or where rounding hides it."""
+        return None if self.hidden or len(self.values) < _ENOUGH else interval(self.values)
+
+
 def summarise(json_path: Path) -> None:
-    """Print every study; write the figure and the document beside the results, what people wrote above `MARK` kept."""
+    """Print every study; write the figure and the document beside the results, what people wrote above `MARK` kept.
+
+    Raises:
+        SystemExit: arms of one study were trained from different teachers, starts or images.
+    """
     studies = read(json_path)
-    text = "\n".join(line for name, study in studies.items() for line in section(name, study))
+    for name, study in studies.items():
+        before: Arms = {}
+        for key, result in study["arms"].items():
+            for other, theirs in before.items():
+                if what := differing(key, result, other, theirs):
+                    raise SystemExit(
+                        f"error: {json_path}: {name}: {what}: they cannot be compared; take one of them out"
+                    )
+            before[key] = result
+    lines = [line for name, study in studies.items() for line in section(name, study)]
+    text = "\n".join([*_unknown(studies), *lines])
     say(text)
     document = json_path.with_suffix(".md")
     written = document.read_text().split(MARK)[0] if document.exists() else ""
@@ -77,38 +116,70 @@ def section(name: str, study: dict[str, Any]) -> list[str]:
         return lines
     rows = [[arm, _chain(done, arm), *_numbers(done, arm)] for arm in compared]
     lines += _table(["arm", "stages: teacher, epochs", "box AP", "n", "after each stage", "minutes, the fastest"], rows)
-    pairs = [(*pair, paired(done, *pair[:2])) for pair in COMPARISONS]
-    rows = [
-        [f"{arm} vs {baseline}", what, spread(values), len(values), *_verdict(values)]
-        for arm, baseline, what, values in pairs
-        if values
-    ]
-    lines += _table(["difference, paired by seed", "what differs", "AP", "n", "95 % interval", ""], rows)
-    return [*lines, *statement(pairs), ""]
+    if differences := _differences(done):
+        rows = [
+            [f"{one.arm} vs {one.baseline}", one.what, spread(one.values), len(one.values), *_verdict(one)]
+            for one in differences
+        ]
+        lines += _table(["difference, paired by seed", "what differs", "AP", "n", "95 % interval", ""], rows)
+        lines += [_COVERED, "", *statement(differences), ""]
+    return lines + _commits(done)
 
 
-def statement(pairs: list[tuple[str, str, str, list[float]]]) -> list[str]:
+def statement(differences: list[Difference]) -> list[str]:
     """What is significant and what is not, in sentences."""
-    clear, unclear, single = [], [], []
-    for arm, baseline, _, values in pairs:
-        if len(values) < _ENOUGH:
-            single += [f"{arm} vs {baseline} ({statistics.mean(values):+.1f}, n = {len(values)})"] if values else []
+    clear, unclear, hidden, single = [], [], [], []
+    for one in differences:
+        named, mean, count = f"{one.arm} vs {one.baseline}", statistics.mean(one.values), f"n = {len(one.values)}"
+        if (bounds := one.interval) is None:
+            (hidden if one.hidden else single).append(f"{named} ({mean:+.1f}, {count})")
             continue
-        low, high = interval(values)
-        text = f"{arm} vs {baseline} ({statistics.mean(values):+.1f} [{low:+.1f}, {high:+.1f}], n = {len(values)})"
-        (unclear if low <= 0 <= high else clear).append(text)
+        low, high = bounds
+        (unclear if low <= 0 <= high else clear).append(f"{named} ({mean:+.1f} [{low:+.1f}, {high:+.1f}], {count})")
     groups = (
         ("Significant at 5 %, each by itself", clear),
         ("Not significant", unclear),
+        ("Deviations below what rounding to 0.1 AP makes, of which no interval follows", hidden),
         ("Fewer than three seeds, which say nothing about significance", single),
     )
     return [f"- **{title}**: {'; '.join(texts)}." for title, texts in groups if texts]
 
 
-def _verdict(values: list[float]) -> tuple[str, str]:
-    if len(values) < _ENOUGH:
-        return "-", "too few seeds"
-    low, high = interval(values)
+def _differences(done: Arms) -> list[Difference]:
+    """Every comparison of which some seed is there."""
+    found = []
+    for arm, baseline, what in COMPARISONS:
+        if values := paired(done, arm, baseline):
+            results = [result for key, result in done.items() if key.rpartition("-")[0] in (arm, baseline)]
+            hidden = len(values) >= _ENOUGH and below_rounding(values, *results)
+            found.append(Difference(arm, baseline, what, values, hidden))
+    return found
+
+
+def _unknown(studies: dict[str, Any]) -> list[str]:
+    """How many arms do not say what they came of."""
+    arms_of = {name: list(study["arms"].values()) for name, study in studies.items()}
+    without = {name: sum("origin" not in result for result in results) for name, results in arms_of.items()}
+    shown = [f"{count} of {len(arms_of[name])} in `{name}`" for name, count in without.items() if count]
+    if not shown:
+        return []
+    words = (
+        "Arms that carry no digest of their teachers, start and images, for they were trained before these were kept"
+    )
+    return [f"{words}: {'; '.join(shown)}.", ""]
+
+
+def _commits(done: Arms) -> list[str]:
+    """Which code trained, where that was recorded."""
+    commits = Counter((result["origin"]["commit"] or "none")[:12] for result in done.values() if "origin" in result)
+    shown = [f"{commit} ({count})" for commit, count in commits.items()]
+    return [f"Commits of the code that trained, and how many arms: {', '.join(shown)}.", ""] if shown else []
+
+
+def _verdict(one: Difference) -> tuple[str, str]:
+    if (bounds := one.interval) is None:
+        return "-", "below rounding" if one.hidden else "too few seeds"
+    low, high = bounds
     return f"{low:+.2f} to {high:+.2f}", "within the noise" if low <= 0 <= high else "**significant**"
 
 
@@ -142,7 +213,7 @@ def figure(studies: dict[str, Any], file: Path) -> None:
     shown = {name: study["arms"] for name, study in studies.items() if len(_compared(study["arms"])) > 1}
     if not shown:
         return
-    heights = [max(len(_compared(done)), len(_pairs(done))) + 2 for done in shown.values()]
+    heights = [max(len(_compared(done)), len(_differences(done))) + 2 for done in shown.values()]
     size = (11, 0.27 * sum(heights))
     canvas, axes = plt.subplots(len(shown), 2, figsize=size, squeeze=False, height_ratios=heights, layout="constrained")
     for (name, done), (left, right) in zip(shown.items(), axes, strict=True):
@@ -152,17 +223,17 @@ def figure(studies: dict[str, Any], file: Path) -> None:
             left.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.5, markersize=4)
             left.plot([statistics.mean(values)], [row], "|", color="black", markersize=11)
         left.set(yticks=range(len(names)), yticklabels=names, title=name, xlabel="box AP")
-        pairs = _pairs(done)
-        for row, values in enumerate(pairs.values()):
-            right.plot(values, [row] * len(values), "o", color="tab:orange", alpha=0.5, markersize=4)
-            if len(values) >= _ENOUGH:
-                low, high = interval(values)
-                right.plot([low, high], [row, row], color="black")
-            right.plot([statistics.mean(values)], [row], "|", color="black", markersize=11)
+        differences = _differences(done)
+        for row, one in enumerate(differences):
+            right.plot(one.values, [row] * len(one.values), "o", color="tab:orange", alpha=0.5, markersize=4)
+            if bounds := one.interval:
+                right.plot(bounds, [row, row], color="black")
+            right.plot([statistics.mean(one.values)], [row], "|", color="black", markersize=11)
         right.set_xscale("symlog", linthresh=3)  # differences of 1 beside differences of 25
         right.set_xticks(ticks := [-10, -3, -2, -1, 0, 1, 2, 3, 10, 30], [str(tick) for tick in ticks])
         right.axvline(0, color="grey", linewidth=0.8)
-        right.set(yticks=range(len(pairs)), yticklabels=pairs, title="paired differences, 95 % interval", xlabel="AP")
+        named = [f"{one.arm} vs {one.baseline}" for one in differences]
+        right.set(yticks=range(len(named)), yticklabels=named, title="paired differences, 95 % interval", xlabel="AP")
         for axis in (left, right):
             axis.invert_yaxis()
             axis.tick_params(labelsize=7)
@@ -175,8 +246,3 @@ def _compared(done: Arms) -> list[str]:
     """The arms of the comparison, in the order of their definition."""
     every = list(arms(SETTINGS["scenes"]))
     return sorted({key.rpartition("-")[0] for key in done} & set(every), key=every.index)
-
-
-def _pairs(done: Arms) -> dict[str, list[float]]:
-    pairs = {f"{arm} vs {baseline}": paired(done, arm, baseline) for arm, baseline, _ in COMPARISONS}
-    return {name: values for name, values in pairs.items() if values}

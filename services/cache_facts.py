@@ -4,7 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cache import GroupInfo, MtpdError, TeacherCache, list_groups, open_storage
+from cache import (
+    CorruptShardError,
+    GroupInfo,
+    MtpdError,
+    Storage,
+    TeacherCache,
+    list_groups,
+    open_storage,
+    references,
+)
 from services.runs import Run
 
 
@@ -67,8 +76,8 @@ class Forwards:
 
     Attributes:
         used: (teacher, image, view)s that students were trained on: what teachers beside them would have made.
-        computed: made to fill the caches: what is recorded, but at least one for each row that is there; None if neither
-            the records nor the rows are there.
+        computed: made to fill the caches: what is recorded, but at least one for each row that is there; None if of a group
+            that a stage was trained from neither the records nor the rows are there.
         live: made by teachers beside the students.
     """
 
@@ -97,34 +106,38 @@ def cache_facts(runs: Sequence[Run]) -> tuple[list[CacheFacts], list[str]]:
     missing: list[str] = []
     wanted: dict[str, dict[str, None]] = {}
     for run in sorted(runs, key=lambda run: -len(run.teachers)):  # its longest sequence gives the order
-        if isinstance(uri := run.recipe.get("cache", {}).get("uri"), str):
+        if isinstance(uri := _uri(run), str):
             wanted.setdefault(uri, {}).update(dict.fromkeys(run.teachers))
     for uri, teachers in wanted.items():
         if not teachers:
             continue
         try:
             storage = open_storage(uri)
-            groups = [info for teacher in teachers for info in list_groups(storage, teacher)]
-            if used := {name for run in runs for stage in run.stages for name in stage.groups}:
-                groups = [info for info in groups if info.name in used]  # not those of other recipes
+            groups = [
+                info
+                for teacher in teachers
+                for info in _groups_read(storage, teacher, [r for r in runs if _uri(r) == uri])
+            ]
         except MtpdError as error:
             missing.append(f"The cache cannot be read: {error}")
             continue
         if absent := [name for name in teachers if name not in {info.teacher for info in groups}]:
             missing.append(
-                f"The cache {storage.where()} holds nothing of {', '.join(absent)}: deleted, or never filled."
+                f"The cache {storage.where()} holds nothing of {', '.join(absent)} that these runs read: deleted, or never "
+                "filled."
             )
         for info in sorted(groups, key=lambda info: list(teachers).index(info.teacher)):
             filling = _filling(runs, info.name)
             if filling is None:
+                where = f" ({storage.where(info.name)})" if len(wanted) > 1 else ""
                 missing.append(
-                    f"No precompute of teacher {info.teacher} is recorded with these runs, so its throughput is not known; its "
-                    "rows were in the cache before."
+                    f"No precompute of teacher {info.teacher}{where} is recorded with these runs, so its throughput is not "
+                    "known; its rows were in the cache before."
                 )
             try:
                 cache = TeacherCache.open(uri, info.teacher, fingerprint=info.record)
                 snr = cache.fidelity() if len(cache) else {}
-                size = sum(entry.size for entry in storage.walk(info.name))
+                size = bytes_on_disk(storage, info.name)
             except MtpdError as error:
                 missing.append(f"The group {info.name} cannot be read: {error}")
                 continue
@@ -134,6 +147,11 @@ def cache_facts(runs: Sequence[Run]) -> tuple[list[CacheFacts], list[str]]:
             )
             facts.append(CacheFacts(storage.where(), info, len(cache), size, levels, filling))
     return facts, missing
+
+
+def bytes_on_disk(storage: Storage, group: str) -> int:
+    """Of all files of a group: its shards, and the manifest, the detections and the attributes beside them."""
+    return sum(entry.size for entry in storage.walk(group))
 
 
 def count_forwards(runs: Sequence[Run], facts: Sequence[CacheFacts]) -> Forwards:
@@ -146,7 +164,38 @@ def count_forwards(runs: Sequence[Run], facts: Sequence[CacheFacts]) -> Forwards
         rows[group] = filling.rows if filling else 0
     for fact in facts:
         rows[fact.info.name] = max(rows.get(fact.info.name, 0), fact.rows)
-    return Forwards(used, sum(rows.values()) if rows or used == live else None, live)
+    read = {name for stage in stages for name in stage.groups}
+    known = read <= rows.keys() and bool(rows or used == live)
+    return Forwards(used, sum(rows.values()) if known else None, live)
+
+
+def _uri(run: Run) -> Any:
+    return run.recipe.get("cache", {}).get("uri")
+
+
+def _groups_read(storage: Storage, teacher: str, runs: Sequence[Run]) -> list[GroupInfo]:
+    """The groups of a teacher that these runs' stages read, or will; other recipes' lie beside them.
+
+    Which they are is known of a stage that was begun, and of the others where their recipe left a record in the cache. If
+    neither is known of one that is not begun, or of any, all of the teacher's groups are taken.
+    """
+    groups = list_groups(storage, teacher)
+    named = {name for run in runs for stage in run.stages for name in stage.groups}
+    try:
+        recorded = {
+            one.work_dir: {name for name, use in one.groups.items() if use.teacher == teacher}
+            for one in references(storage)
+        }
+    except CorruptShardError:
+        recorded = {}
+    for run in runs:
+        if any(teacher in stage.teachers and not stage.begun for stage in run.stages):
+            wanted = recorded.get(str(run.recipe.get("work_dir")))
+            if not wanted:
+                return groups
+            named |= wanted
+    teachers_own = {name for name in named if name.rpartition("-")[0] == teacher}
+    return [info for info in groups if info.name in teachers_own] if teachers_own else groups
 
 
 def _filling(runs: Sequence[Run], group: str) -> Filling | None:

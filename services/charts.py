@@ -7,6 +7,7 @@ from html import escape
 
 from markupsafe import Markup
 
+COLOURS, _DASHES = 8, 4  # of the style sheet
 _CHARACTER = 6.4  # width of a digit at the charts' 11 px, in pixels
 _LINE_HEIGHT = 13.0
 _DOT_ROOM = 14.0  # a line has dots where they are so many pixels apart
@@ -18,13 +19,13 @@ class Line:
 
     Attributes:
         pieces: points (x, y), ascending in x; pieces are not joined.
-        colour: its number in the style sheet.
+        style: its number: the first `COLOURS` are solid lines in a colour of their own, those behind them are dashed.
         marked: x of the points that are drawn larger and get their value as text.
     """
 
     name: str
     pieces: Sequence[Sequence[tuple[float, float]]]
-    colour: int = 0
+    style: int = 0
     marked: Sequence[float] = ()
 
     @property
@@ -55,7 +56,7 @@ def line_chart(
     """Lines over a common axis.
 
     Args:
-        title: said to those who cannot see the chart.
+        title: said to those who cannot see the chart, with the names of the lines where there are several.
         size: width and height in pixels; the texts are of one size in every chart, so a phone gets a chart of its own.
         labels: of the x and the y axis, with their units.
         bands: drawn behind the lines, with their names above where there is room.
@@ -86,9 +87,18 @@ def line_chart(
     parts = [_bands(frame, bands), _axes(frame, ticks, labels)]
     parts += [_line(frame, line, show) for line in lines]
     parts.append(_values(frame, lines, show))
+    said = title if len(lines) == 1 else f"{title}: {', '.join(line.name for line in lines)}"
     return Markup(
         f'<svg class="chart" viewBox="0 0 {size[0]} {size[1]}" width="{size[0]}" height="{size[1]}" role="img" '
-        f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
+        f'aria-label="{escape(said)}">{"".join(parts)}</svg>'
+    )
+
+
+def swatch(style: int) -> Markup:
+    """A short stretch of a line in a style, for legends and tables."""
+    return Markup(
+        '<svg class="swatch" viewBox="0 0 26 8" width="26" height="8" aria-hidden="true">'
+        f'<path class="line {_drawn(style)}" d="M0 4h26"/></svg>'
     )
 
 
@@ -180,13 +190,13 @@ def _line(frame: _Frame, line: Line, show: Callable[[float], str]) -> str:
     parts = []
     for piece in line.pieces:
         path = "L".join(f"{frame.x(x)} {frame.y(y)}" for x, y in piece)
-        parts.append(f'<path class="line c{line.colour}" d="M{path}"/>')
+        parts.append(f'<path class="line {_drawn(line.style)}" d="M{path}"/>')
     dotted = len(line.points) * _DOT_ROOM <= frame.width or len(line.points) == 1
     for x, y in line.points:
         if x in line.marked or dotted:
             radius = 3.6 if x in line.marked else 1.7
             parts.append(
-                f'<circle class="dot c{line.colour}" cx="{frame.x(x)}" cy="{frame.y(y)}" r="{radius}">'
+                f'<circle class="dot {_coloured(line.style)}" cx="{frame.x(x)}" cy="{frame.y(y)}" r="{radius}">'
                 f"<title>{escape(line.name)}, {number(x)}: {show(y)}</title></circle>"
             )
     return "".join(parts)
@@ -211,4 +221,12 @@ def _values(frame: _Frame, lines: Sequence[Line], show: Callable[[float], str]) 
 
 
 def _value(x: float, y: float, anchor: str, line: Line, text: str) -> str:
-    return f'<text class="value t{line.colour} {anchor}" x="{x:.1f}" y="{y:.1f}">{text}</text>'
+    return f'<text class="value {_coloured(line.style)} {anchor}" x="{x:.1f}" y="{y:.1f}">{text}</text>'
+
+
+def _coloured(style: int) -> str:
+    return f"c{style % COLOURS}"
+
+
+def _drawn(style: int) -> str:
+    return f"{_coloured(style)} d{style // COLOURS % _DASHES}"

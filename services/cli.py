@@ -55,11 +55,12 @@ def plan(
     from services.order import decided_if_known
     from services.plan import plan_record, show_plans
     from services.precompute import plan_teacher, refuse_too_large
-    from trainer import load_recipe
+    from trainer import load_recipe, refuse_untrainable
 
     content = decided_if_known(load_recipe(recipe))
     if timed and teacher is not None:
         raise typer.BadParameter("--measure times the whole recipe; leave out --teacher")
+    refuse_untrainable(content)
     plans = [plan_teacher(content, name) for name in _teachers(content, teacher)]
     cost = None
     if timed:
@@ -87,9 +88,10 @@ def precompute(
     from services.order import decided
     from services.precompute import fill_all, show_fill
     from services.trace import Trace
-    from trainer import load_recipe
+    from trainer import load_recipe, refuse_untrainable
 
     content = decided(load_recipe(recipe))
+    refuse_untrainable(content)
     with nullcontext() if trace is None else Trace(trace) as traced:
         results = fill_all(content, _teachers(content, teacher), force=force, trace=traced)
     for result in results:
@@ -162,9 +164,11 @@ def run(recipe: RecipeFile, force: Force = False) -> None:
     from services.order import decided
     from services.overlap import run_job
     from services.report import write_report
-    from trainer import load_recipe
+    from trainer import load_recipe, refuse_untrainable
 
-    content = decided(load_recipe(recipe), compute=True, force=force)
+    given = load_recipe(recipe)
+    refuse_untrainable(given)
+    content = decided(given, compute=True, force=force)
     fills, results = run_job(content, force=force)
     if not results:
         raise typer.Exit(1)

@@ -1,13 +1,16 @@
 """`mtpd demo`: the whole job on generated data, in three arms at equal epochs."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cache import RecipeError
+from cache import RecipeError, open_storage
 from services import cluster
+from services.cache_facts import bytes_on_disk
+from services.filling import FillResult
 from services.precompute import fill_all, plan_teacher, used_teachers
 from services.present import duration, say, size, table
 from services.report import write_report
@@ -53,9 +56,17 @@ def run(work_dir: Path) -> None:
     say(
         f"  running the teachers beside the students would have made {used:,}: {used - made:,} saved ({1 - made / used:.0%})"
     )
-    say(f"cache: {size(sum(result.stored_bytes for result in fills))} in {progressive.cache.uri}")
+    say(cache_line(fills, progressive.cache.uri))
     say(f"report: {write_report(work_dir)}")
     say(f"the demo took {duration(time.monotonic() - started)}; everything is in {work_dir}")
+
+
+def cache_line(fills: Sequence[FillResult], uri: str) -> str:
+    """What the cache holds: what was planned, and what the report counts."""
+    storage = open_storage(uri)
+    shards = size(sum(result.stored_bytes for result in fills))
+    on_disk = size(sum(bytes_on_disk(storage, result.group) for result in fills))
+    return f"cache: {shards} of shards, {on_disk} on disk with manifests and detections, in {uri}"
 
 
 def _draw(folder: Path) -> None:

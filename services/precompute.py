@@ -177,6 +177,13 @@ def show_failures(result: FillResult) -> None:
     if not result.failures:
         return
     images = {failure.image_id: failure for failure in result.failures}
+    reasons = {failure.reason for failure in result.failures}
+    if len(images) > 1 and len(reasons) == 1 and len(result.failures) == result.total:
+        complain(
+            f"teacher {result.teacher}: none of its {result.total:,} rows could be computed, each for the same reason: "
+            f"{reasons.pop()}. No image is at fault: look at teachers.{result.teacher} (config, cfg_options) and at `views`."
+        )
+        return
     complain(
         f"teacher {result.teacher}: {len(result.failures)} rows of {len(images)} images have no targets; all other rows are "
         "committed. Mend or remove these images, then run the same command again:"

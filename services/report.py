@@ -11,41 +11,37 @@ from typing import Any
 import jinja2
 import torch
 import yaml
-from markupsafe import Markup
 
 from cache import MtpdError
 from services.cache_facts import cache_facts, count_forwards
-from services.charts import Band, Line, axis_ticks, line_chart, number, value_range
+from services.charts import axis_ticks, number, swatch
+from services.evaluations import Evaluation, by_evaluation
+from services.figures import Figure, Panel, Styles, ap_figures, ap_panels, curve_panels, measured_kinds
 from services.present import duration, size
 from services.runs import Run, Stage, find_runs
-from services.studies import Study, read_studies, split_seed
+from services.studies import Study, read_studies
 from trainer import LEAST_SCORE, Picture, Pictures, SeenObject, parse_recipe, take_pictures
 
 _TEMPLATE = "report.html.jinja"
-_COLOURS = 8
-_WIDE, _NARROW, _PANEL = (1040, 340), (354, 260), (332, 170)
-_KINDS = {"bbox": "box AP", "segm": "mask AP"}
 _METRICS = {"mAP": "AP", "mAP_50": "AP50", "mAP_75": "AP75", "mAP_s": "AP-S", "mAP_m": "AP-M", "mAP_l": "AP-L"}
 _MOST_STUDENTS = 6
 _LETTERS = 22  # a picture's width in the size of its letters
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A chart at the width of a desktop's page, and at that of a phone's."""
+class ApSection:
+    """AP of the runs that were evaluated on one val set.
 
-    title: str
-    wide: Markup
-    narrow: Markup
+    Attributes:
+        kinds: ``bbox`` and ``segm`` with their names, where they were measured.
+        sparse: whether a stage was evaluated at its end only.
+    """
 
-
-@dataclass(frozen=True)
-class Panel:
-    """A small chart of one scalar, or of one run."""
-
-    title: str
-    note: str
-    chart: Markup
+    evaluation: Evaluation
+    kinds: dict[str, str]
+    figures: list[Figure]
+    panels: list[Panel]
+    sparse: bool
 
 
 def write_report(
@@ -69,11 +65,14 @@ def write_report(
         RecipeError: no stage in the folder, or no results in the file.
     """
     runs = find_runs(work_dir.absolute())
+    main, evaluations = _main(runs), by_evaluation(runs)
     studies = [] if study is None else read_studies(study)
     facts, missing = cache_facts(runs)
     pictures, shown, left_out = None, [], []
     if images:
-        pictures, shown, left_out = _pictures(runs, images, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        pictures, shown, left_out = _pictures(
+            main, evaluations, images, device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
     else:
         left_out = ["Pictures were not asked for (--images 0)."]
     environment = jinja2.Environment(
@@ -85,22 +84,21 @@ def write_report(
         "size": size,
         "data": _data_uri,
         "number": number,
+        "swatch": swatch,
     }
-    colours = _colours(runs)
+    styles = Styles.choose([run for one in evaluations for run in one.runs])
     page = environment.get_template(_TEMPLATE).render(
         name=work_dir.absolute().name,
         folder=str(work_dir.absolute()),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         runs=runs,
         several=len(runs) > 1,
-        colours=colours,
-        main=_main(runs),
-        kinds=_kinds(runs),
+        styles=styles,
+        main=main,
+        students=sorted({run.student for run in runs}),
         metrics=_METRICS,
-        ap_figures=_ap_figures(runs, colours),
-        ap_panels=_ap_panels(runs, colours) if len(runs) > 1 else [],
-        sparse=any(_is_sparse(stage) for run in runs for stage in run.stages),
-        panels=_curve_panels(runs, colours),
+        ap_sections=[_ap_section(one, styles) for one in evaluations],
+        panels=curve_panels(runs, styles),
         forwards=count_forwards(runs, facts),
         facts=facts,
         level_names=sorted({level.name for fact in facts for level in fact.levels}, key=lambda name: int(name[1:])),
@@ -110,7 +108,7 @@ def write_report(
         shown=shown,
         least_score=LEAST_SCORE,
         letters=_LETTERS,
-        recipe=yaml.safe_dump(_main(runs).recipe, sort_keys=False, allow_unicode=True) if _main(runs).recipe else "",
+        recipe=yaml.safe_dump(main.recipe, sort_keys=False, allow_unicode=True) if main.recipe else "",
         missing=[*_missing(runs), *missing, *left_out],
     )
     target = work_dir.absolute() / "report.html" if out is None else out.absolute()
@@ -126,98 +124,20 @@ def _main(runs: Sequence[Run]) -> Run:
     return max(reversed(runs), key=lambda run: (bool(run.recipe), len(run.done)))
 
 
-def _colours(runs: Sequence[Run]) -> dict[str, int]:
-    """A colour for each run; where there are many, one for the seeds of an arm."""
-    arms = [split_seed(run.name)[0] if len(runs) > _COLOURS else run.name for run in runs]
-    places = {arm: place % _COLOURS for place, arm in enumerate(dict.fromkeys(arms))}
-    return {run.name: places[arm] for run, arm in zip(runs, arms, strict=True)}
-
-
-def _kinds(runs: Sequence[Run]) -> dict[str, str]:
-    """The kinds of AP that were measured."""
-    return {kind: label for kind, label in _KINDS.items() if any(run.series(f"{kind}_mAP") for run in runs)}
-
-
-def _bands(run: Run) -> list[Band]:
-    return [Band(s.first_epoch, s.first_epoch + s.epochs, f"stage {s.number}: {s.label}") for s in run.stages]
-
-
-def _stage_ends(run: Run) -> list[float]:
-    return [float(stage.first_epoch + stage.epochs) for stage in run.done]
-
-
-def _last_epoch(runs: Sequence[Run]) -> int:
-    return max(stage.first_epoch + stage.epochs for run in runs for stage in run.stages)
+def _ap_section(evaluation: Evaluation, styles: Styles) -> ApSection:
+    runs = evaluation.runs
+    return ApSection(
+        evaluation,
+        measured_kinds(runs),
+        ap_figures(runs, styles),
+        ap_panels(runs, styles) if len(runs) > 1 else [],
+        any(_is_sparse(stage) for run in runs for stage in run.stages),
+    )
 
 
 def _is_sparse(stage: Stage) -> bool:
     """Whether it was evaluated at its end only."""
     return stage.epochs > 1 and bool(stage.evaluations) and max(map(len, stage.evaluations.values())) == 1
-
-
-def _ap_figures(runs: Sequence[Run], colours: dict[str, int]) -> list[Figure]:
-    """AP over the epochs of all stages in sequence: of one run with its stages, or of several together."""
-    axes = ("epoch, all stages in sequence", "AP, points")
-    if len(runs) == 1:
-        (run,) = runs
-        lines = [
-            Line(label, [series], place, _stage_ends(run))
-            for place, (kind, label) in enumerate(_kinds(runs).items())
-            if (series := run.series(f"{kind}_mAP"))
-        ]
-        return [_figure("AP over the epochs of all stages", lines, axes, _bands(run))] if lines else []
-    figures = []
-    for kind, label in _kinds(runs).items():
-        drawn = [(run, series) for run in runs if (series := run.series(f"{kind}_mAP"))]
-        marks = len(drawn) <= _COLOURS
-        lines = [Line(run.name, [s], colours[run.name], [s[-1][0]] if marks else ()) for run, s in drawn]
-        above = _figure(f"{label} of all runs", lines, (axes[0], f"{label}, points"), [Band(0, _last_epoch(runs), "")])
-        figures.append(above)
-    return figures
-
-
-def _figure(title: str, lines: list[Line], axes: tuple[str, str], bands: list[Band]) -> Figure:
-    wide, narrow = (line_chart(lines, title=title, size=size, labels=axes, bands=bands) for size in (_WIDE, _NARROW))
-    return Figure(title, wide, narrow)
-
-
-def _ap_panels(runs: Sequence[Run], colours: dict[str, int]) -> list[Panel]:
-    """Each run on its own with its stages, all on one scale."""
-    kind, label = next(iter(_kinds(runs).items()), ("bbox", "box AP"))
-    values = [value for run in runs for _, value in run.series(f"{kind}_mAP")]
-    if not values:
-        return []
-    axes = ("epoch", f"{label}, points")
-    panels = []
-    for run in runs:
-        line = Line(run.name, [run.series(f"{kind}_mAP")], colours[run.name], _stage_ends(run))
-        chart = line_chart(
-            [line],
-            title=f"{label} of {run.name}",
-            size=_PANEL,
-            labels=axes,
-            bands=_bands(run),
-            y_range=value_range(values),
-        )
-        panels.append(Panel(run.name, " → ".join(stage.label for stage in run.stages), chart))
-    return panels
-
-
-def _curve_panels(runs: Sequence[Run], colours: dict[str, int]) -> list[Panel]:
-    """A small chart for each training scalar: the whole loss, the detector's, the mechanisms', and what drives them."""
-    scalars = dict.fromkeys(name for run in runs for stage in run.stages for name in stage.curves)
-    mechanisms = {f"loss_{m}" for run in runs for stage in run.stages for m in stage.mechanisms}
-    notes = {"loss": "sum of all losses", "lr": "learning rate", "grad_norm": "gradient norm before clipping"}
-    turns = {"loss": 0, "lr": 3, "grad_norm": 4}
-    panels = []
-    for name in sorted(scalars, key=lambda name: turns.get(name, 2 if name in mechanisms else 1)):
-        lines = [Line(run.name, pieces, colours[run.name]) for run in runs if (pieces := run.curve(name))]
-        bands = _bands(runs[0]) if len(runs) == 1 else [Band(0, _last_epoch(runs), "")]
-        note = notes.get(name, "mechanism" if name in mechanisms else "detector")
-        chart = line_chart(lines, title=name, size=_PANEL, labels=("epoch", ""), bands=bands, show="{:.3g}".format)
-        if chart:
-            panels.append(Panel(name, note, chart))
-    return panels
 
 
 def _scale(study: Study) -> tuple[float, float, list[float]]:
@@ -232,26 +152,34 @@ def _is_order(order: Any) -> bool:
     return isinstance(order, dict) and all(isinstance(order.get(key), dict) for key in ("costs", "aps", "reasons"))
 
 
-def _pictures(runs: Sequence[Run], count: int, device: str) -> tuple[Pictures | None, list[str], list[str]]:
-    """Pictures of the val images.
+def _pictures(
+    main: Run, evaluations: Sequence[Evaluation], count: int, device: str
+) -> tuple[Pictures | None, list[str], list[str]]:
+    """Pictures of the main run's val images, by the students that were evaluated on them: to others they mean nothing.
 
     Returns:
         The pictures if there are any, the detectors whose feature energy is shown, and what is left out, and why.
     """
-    main = _main(runs)
     if not main.recipe or not main.done:
         return None, [], ["No pictures: no run has both its recipe.json and a stage that is done."]
+    alike = next(one for one in evaluations if main in one.runs)
+    runs = alike.runs
     trained = [(main, stage) for stage in (*main.done[:1], *main.done[1:][-1:])]
     trained += [(run, run.done[-1]) for run in runs if run is not main and run.done]
     names = [
         f"{run.name}, stage {stage.number} ({stage.label})"
-        if len(runs) > 1
+        if len(runs) > 1 or len(evaluations) > 1
         else f"student after stage {stage.number} ({stage.label})"
         for run, stage in trained
     ]
     students = {name: stage.folder for name, (_, stage) in zip(names[:_MOST_STUDENTS], trained, strict=False)}
     last = names[1] if len(main.done) > 1 else names[0]
-    left_out = []
+    left_out = [
+        f"No pictures of {', '.join(run.name for run in one.runs)}: evaluated on {one.where}; the pictures are of "
+        f"{alike.where}."
+        for one in evaluations
+        if one is not alike
+    ]
     if len(trained) > _MOST_STUDENTS:
         left_out.append(f"Pictures show {_MOST_STUDENTS} of {len(trained)} students.")
     teacher = main.teachers[-1] if main.teachers else None

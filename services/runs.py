@@ -19,6 +19,21 @@ Points = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
+class ValSet:
+    """What a student was evaluated on.
+
+    Attributes:
+        ann_file: its annotation file, as the config or the recipe names it.
+        classes: their names, in the order of labels; empty where only the recipe is there.
+        scale: the size that images were resized into, as mmdet's `Resize` takes it; empty where that is not known.
+    """
+
+    ann_file: str
+    classes: tuple[str, ...] = ()
+    scale: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of a run, trained or not.
 
@@ -34,6 +49,7 @@ class Stage:
         evaluations: per COCO metric (``bbox_mAP``) its values over the epochs of the stage, in [0, 1].
         not_finite: per scalar how many of its values were NaN or Inf, which the curves leave out.
         groups: names of the cache's groups that it reads.
+        val: what it is evaluated on; None where it was not begun.
     """
 
     number: int
@@ -48,6 +64,7 @@ class Stage:
     evaluations: dict[str, Points]
     not_finite: dict[str, int]
     groups: tuple[str, ...] = ()
+    val: ValSet | None = None
 
     @property
     def label(self) -> str:
@@ -101,6 +118,14 @@ class Run:
     def teachers(self) -> tuple[str, ...]:
         """The teachers of all stages, each once, in order."""
         return tuple(dict.fromkeys(name for stage in self.stages for name in stage.teachers))
+
+    @property
+    def val(self) -> ValSet | None:
+        """What its latest stage is evaluated on, or else what the recipe says; None where neither is there."""
+        if found := [stage.val for stage in self.stages if stage.val is not None]:
+            return found[-1]
+        ann_file = self.recipe.get("dataset", {}).get("val", {}).get("ann_file")
+        return None if ann_file is None else ValSet(str(ann_file))
 
     @cached_property
     def student(self) -> str:
@@ -235,7 +260,16 @@ def _read_stage(folder: Path, number: int, spec: dict[str, Any], before: int) ->
         evaluations={k: tuple(sorted(points.items())) for k, points in metrics.items() if max(points.values()) >= 0},
         not_finite={k: n for k, points in values.items() if (n := sum(not math.isfinite(v) for _, v in points))},
         groups=tuple(_groups(config)),
+        val=_val_set(config),
     )
+
+
+def _val_set(config: dict[str, Any]) -> ValSet | None:
+    dataset = config.get("val_dataloader", {}).get("dataset", {})
+    if "ann_file" not in dataset:
+        return None
+    scale = next((t["scale"] for t in dataset.get("pipeline", ()) if t["type"] == "Resize" and "scale" in t), ())
+    return ValSet(dataset["ann_file"], tuple(dataset.get("metainfo", {}).get("classes", ())), tuple(scale))
 
 
 def _groups(config: Any) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Stages under Ray Train: each worker runs an mmengine Runner that reads the cache directly."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,18 @@ from trainer import (
     stage_dir,
     teacher_info,
     train_stage,
+)
+
+# of code that was asked for what it cannot do; RuntimeError and OSError may be a device's, a network's
+_PROGRAM = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
 )
 
 
@@ -83,7 +96,7 @@ def fit_stage(recipe: Recipe, stage: int, targets: TargetSource, name: str) -> N
     Raises:
         MtpdError: see `train`.
     """
-    folder, most, fruitless = stage_dir(recipe, stage), recipe.training.max_failures, 0
+    folder, most, fruitless, reasons = stage_dir(recipe, stage), recipe.training.max_failures, 0, ""
     while True:
         before = latest_checkpoint(folder)
         try:
@@ -99,7 +112,12 @@ def fit_stage(recipe: Recipe, stage: int, targets: TargetSource, name: str) -> N
                 raise fault from None
             now = latest_checkpoint(folder)
             fruitless = 1 if now != before else fruitless + 1
-            reasons = "; ".join(dict.fromkeys(_last_line(failure) for failure in error.worker_failures.values()))
+            earlier, reasons = reasons, _reasons(error)
+            if fruitless > 1 and reasons == earlier and (place := _programs_fault(error)):
+                raise MtpdError(
+                    f"{name}: twice the same, and no worker's fault: {reasons} ({place}). What the student's config or a "
+                    "mechanism asks for cannot be done like this; trying again does not help."
+                ) from error
             if fruitless > most:
                 raise MtpdError(
                     f"{name}: workers failed {fruitless} times without a new checkpoint between, which is more than "
@@ -145,6 +163,19 @@ def _users_fault(*failures: Exception) -> MtpdError | None:
             if isinstance(cause, MtpdError):
                 return cause
     return None
+
+
+def _reasons(error: WorkerGroupError) -> str:
+    return "; ".join(dict.fromkeys(_last_line(failure) for failure in error.worker_failures.values()))
+
+
+def _programs_fault(error: WorkerGroupError) -> str | None:
+    """Where the code fails, which fails again; None for what another try may mend: lost workers, memory, network, devices."""
+    if not any(isinstance(failure, _PROGRAM) for failure in error.worker_failures.values()):
+        return None
+    # the exceptions come without their tracebacks, which Ray's own message quotes
+    frames = re.findall(r'^ *File "([^"]+)", line (\d+), in', str(error), re.MULTILINE)
+    return next((f"{file}:{line}" for file, line in reversed(frames) if "/torch/" not in file), "see the worker's log")
 
 
 def _last_line(failure: Exception) -> str:

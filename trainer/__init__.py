@@ -14,7 +14,7 @@ with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
 
     register_all_modules(init_default_scope=True)
 
-from trainer.annotations import Annotations, read_annotations
+from trainer.annotations import Annotations, annotations_digest, read_annotations
 from trainer.asking import Answer, RowAsker, ask, counts, service_name, service_url
 from trainer.batches import TotalBatchSampler, ViewSampler, epoch_batches, epoch_order, share
 from trainer.compute import Failure, UnitComputer
@@ -62,7 +62,7 @@ from trainer.sampled import ApplySampledView
 from trainer.scenes import CLASSES, SceneOptions, generate
 from trainer.specs import SplitSpec, StageSpec, TeacherSpec
 from trainer.stage import StageResult, latest_checkpoint, open_stage, train_stage
-from trainer.stage_config import TargetSource, stage_config, stage_dir
+from trainer.stage_config import TargetSource, refuse_untrainable, stage_config, stage_dir
 from trainer.step import DistributedDistiller
 from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
 from trainer.teacher import Teacher, TeacherOutput, describe, fingerprint_record, head_file
@@ -125,6 +125,7 @@ __all__ = [
     "ViewedDataset",
     "Way",
     "adaptation_costs",
+    "annotations_digest",
     "ask",
     "assemble",
     "break_even_epochs",
@@ -153,6 +154,7 @@ __all__ = [
     "read_annotations",
     "read_pulse",
     "refuse_other_classes",
+    "refuse_untrainable",
     "select_teachers",
     "service_name",
     "service_url",

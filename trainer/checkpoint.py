@@ -113,10 +113,13 @@ def load_strict(model: nn.Module, path: str | Path, key: str) -> None:
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         shown = "\n  ".join(line if len(line) < 300 else line[:300] + " ..." for line in lines[:8])
-        raise TeacherLoadError(
-            f"{key}: {path} does not fit its config:\n  {shown}\nUse the config the checkpoint was trained with (cfg_options "
-            "changes single keys, as mmdet's --cfg-options)."
-        ) from error
+        advice = "Use the config the checkpoint was trained with (cfg_options changes single keys, as mmdet's --cfg-options)."
+        if key == "student.checkpoint":  # whose number of classes is the data set's, whatever its config says
+            advice += (
+                " If it was trained for other classes than the data set's, leave student.checkpoint out to begin with what fits: "
+                f"student.cfg_options: {{model.init_cfg: {{type: Pretrained, checkpoint: {path}}}}}"
+            )
+        raise TeacherLoadError(f"{key}: {path} does not fit its config:\n  {shown}\n{advice}") from error
 
 
 def sha256(path: str | Path) -> str:

@@ -20,6 +20,7 @@ from trainer.checkpoint import inherit, load_strict, read_weights
 from trainer.mechanisms import MECHANISMS, Batch, Mechanism
 from trainer.mechanisms.draws import SampledBoxes
 from trainer.precision import DTYPES, as_float, refuse_unknown
+from trainer.pretrained import loading
 from trainer.specs import TeacherSpec
 from trainer.step import take_step
 from trainer.student_losses import sum_over_parts
@@ -133,7 +134,8 @@ class Distiller(BaseModel):
         if self._checkpoint is not None:
             load_strict(self.student, self._checkpoint, "student.checkpoint")
             return
-        self.student.init_weights()
+        with loading(self.student):
+            self.student.init_weights()
         if self._inherit_from is not None:
             result = inherit(self.student, read_weights(self._inherit_from, "student.inherit"))
             MMLogger.get_current_instance().info(

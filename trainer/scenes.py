@@ -54,11 +54,16 @@ def generate(
     seed: int,
     options: SceneOptions | None = None,
     first_id: int = 1,
+    enlarge: int = 1,
 ) -> Path:
     """Draw ``images`` scenes into ``root/<split>/`` and write ``root/annotations/<split>.json``.
 
     Scene ``i`` depends on ``(seed, first_id + i)`` alone: a larger set begins with the smaller one. Boxes are
     ``[x, y, width, height]`` in pixels, masks compressed RLE of the visible part.
+
+    Args:
+        enlarge: how many times wider and higher than `SHAPES` the scenes are drawn: objects and clutter grow with them, strokes,
+            stripes and noise do not, so that there is detail to every pixel.
 
     Returns:
         The annotation file.
@@ -70,7 +75,7 @@ def generate(
     image_entries, annotations = [], []
     for image_id in range(first_id, first_id + images):
         rng = np.random.default_rng((seed, image_id))
-        pixels, objects = draw_scene(rng, options)
+        pixels, objects = draw_scene(rng, options, enlarge)
         name = f"{image_id:08d}.jpg"
         cv2.imwrite(str(folder / name), pixels, [cv2.IMWRITE_JPEG_QUALITY, 92])
         height, width = pixels.shape[:2]
@@ -95,18 +100,20 @@ def generate(
     return ann_file
 
 
-def draw_scene(rng: np.random.Generator, options: SceneOptions) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """Draw one scene.
+def draw_scene(
+    rng: np.random.Generator, options: SceneOptions, enlarge: int = 1
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    """Draw one scene, so many times wider and higher than `SHAPES` says.
 
     Returns:
         Pixels, uint8 (height, width, 3) BGR; and for every object its class index and its visible mask, uint8
         (height, width) of 0 and 1.
     """
     sizes, weights = zip(*SHAPES, strict=True)
-    width, height = sizes[rng.choice(len(sizes), p=weights)]
+    width, height = (side * enlarge for side in sizes[rng.choice(len(sizes), p=weights)])
     pixels = _background(rng, height, width)
     for _ in range(rng.poisson(options.clutter)):
-        _draw_clutter(rng, pixels)
+        _draw_clutter(rng, pixels, enlarge)
     if rng.random() < options.empty_share:
         return _finish(rng, pixels), []
     placed: list[tuple[int, np.ndarray]] = []
@@ -177,7 +184,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def _draw_clutter(rng: np.random.Generator, pixels: np.ndarray) -> None:
+def _draw_clutter(rng: np.random.Generator, pixels: np.ndarray, enlarge: int) -> None:
     """A line, an arc or an irregular polygon: shapes of no class."""
     height, width = pixels.shape[:2]
     colour = tuple(int(v) for v in rng.integers(0, 256, 3))
@@ -187,7 +194,7 @@ def _draw_clutter(rng: np.random.Generator, pixels: np.ndarray) -> None:
         end = (int(rng.integers(width)), int(rng.integers(height)))
         cv2.line(pixels, (x, y), end, colour, int(rng.integers(1, 5)), cv2.LINE_AA)
     elif kind == 1:
-        axes = (int(rng.integers(4, 40)), int(rng.integers(4, 40)))
+        axes = (enlarge * int(rng.integers(4, 40)), enlarge * int(rng.integers(4, 40)))
         start = float(rng.uniform(0, 360))
         cv2.ellipse(
             pixels, (x, y), axes, 0, start, start + float(rng.uniform(40, 160)), colour, int(rng.integers(1, 5))
@@ -195,7 +202,7 @@ def _draw_clutter(rng: np.random.Generator, pixels: np.ndarray) -> None:
     else:
         count = int(rng.integers(5, 8))
         angles = np.sort(rng.uniform(0, 2 * np.pi, count))
-        points = _polygon(angles, rng.uniform(0.3, 1.0, count)) * float(rng.uniform(5, 30)) + (x, y)
+        points = _polygon(angles, rng.uniform(0.3, 1.0, count)) * (enlarge * float(rng.uniform(5, 30))) + (x, y)
         cv2.fillPoly(pixels, [points.astype(np.int32)], colour, cv2.LINE_AA)
 
 

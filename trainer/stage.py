@@ -148,7 +148,11 @@ def open_stage(recipe: Recipe, stage: int, targets: TargetSource = "cache") -> t
         StaleCacheError: the cache holds targets of another fingerprint.
     """
     cfg = stage_config(recipe, stage, targets)
-    folder = stage_dir(recipe, stage)
+    folder, before = stage_dir(recipe, stage), stage_dir(recipe, stage - 1)
+    if stage > 1 and not (before / "student.pth").is_file():
+        raise RecipeError(
+            f"stage {stage}: stage {stage - 1} is not done: {before / 'student.pth'} is missing. Run `mtpd train` on it first."
+        )
     _refuse_other_recipe(folder, cfg)
     if (folder / "result.json").exists():
         return cfg, StageResult(**json.loads((folder / "result.json").read_text()))

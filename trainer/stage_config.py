@@ -14,6 +14,7 @@ from trainer.asking import service_url
 from trainer.config import load_config, nested, plain_dict, set_classes
 from trainer.groups import teacher_info
 from trainer.needs import needs_of
+from trainer.pretrained import refuse_missing
 from trainer.recipe import Recipe
 from trainer.specs import StageSpec, TrainingSpec
 from trainer.transforms import view_config
@@ -66,6 +67,17 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
     cfg.work_dir = str(stage_dir(recipe, stage))
     cfg.load_from, cfg.resume = None, False
     return cfg
+
+
+def refuse_untrainable(recipe: Recipe) -> None:
+    """Refuse a recipe of which a stage could not be trained, before any teacher is run for it.
+
+    Raises:
+        RecipeError: see `stage_config`.
+    """
+    known = recipe.with_sequence(list(recipe.teachers)) if recipe.auto else recipe
+    for stage in range(1, len(known.stages) + 1):
+        stage_config(known, stage)
 
 
 def student_config(cfg: Config) -> Config:
@@ -302,10 +314,8 @@ def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations) -> None:
 def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInfo], targets: TargetSource) -> None:
     spec, student = recipe.stages[stage - 1], recipe.student
     checkpoint = student.checkpoint if stage == 1 else str(stage_dir(recipe, stage - 1) / "student.pth")
-    if stage > 1 and not Path(checkpoint).is_file():
-        raise RecipeError(
-            f"stage {stage}: stage {stage - 1} is not done: {checkpoint} is missing. Run `mtpd train` on it first."
-        )
+    if checkpoint is None:
+        refuse_missing(plain_dict(cfg.model))
     distiller: dict[str, Any] = dict(
         type="Distiller",
         student=cfg.model,

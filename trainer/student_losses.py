@@ -61,8 +61,13 @@ def _is_dense(head: nn.Module) -> bool:
 
 
 def _is_standard(roi: nn.Module) -> bool:
-    masks = not roi.with_mask or type(roi.mask_head).loss_and_target is FCNMaskHead.loss_and_target
-    return type(roi).loss is StandardRoIHead.loss and type(roi.bbox_head).loss is BBoxHead.loss and masks
+    kind = type(roi)
+    # a cascade's heads are lists
+    if kind.loss is not StandardRoIHead.loss or type(roi.bbox_head).loss is not BBoxHead.loss:
+        return False
+    # others (Mask Scoring R-CNN, PointRend) have further losses in it
+    masks = kind.mask_loss is StandardRoIHead.mask_loss
+    return not roi.with_mask or (masks and type(roi.mask_head).loss_and_target is FCNMaskHead.loss_and_target)
 
 
 def _averaged(loss: Callable[..., dict]) -> Callable[..., dict]:

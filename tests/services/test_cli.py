@@ -85,6 +85,20 @@ def test_a_fault_of_the_user_is_one_message_and_exit_code_1(data: Path, tmp_path
     assert "Traceback" not in result.stderr + result.stdout
 
 
+def test_a_stage_that_could_not_be_trained_is_refused_before_a_teacher_runs(
+    data: Path, tmp_path: Path, here: Here
+) -> None:
+    content = models.recipe(data, tmp_path)
+    content["student"]["cfg_options"]["custom_hooks"] = [{"type": "YOLOXModeSwitchHook"}]
+    content["stages"] = [{"epochs": 1}, *content["stages"]]
+    file = write(content, tmp_path)
+    for command in ("plan", "precompute", "run"):
+        result = here(command, file)
+        assert result.returncode == 1
+        assert "student.config: custom_hooks has a YOLOXModeSwitchHook" in result.stderr
+    assert not (tmp_path / "cache").exists()
+
+
 def test_wrong_usage_is_exit_code_2() -> None:
     assert mtpd("train").returncode == 2
     assert mtpd("nonsense").returncode == 2

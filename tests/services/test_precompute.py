@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
+
 from cache import open_storage, read_head
 from services import maintain
-from services.precompute import fill, needed_teachers, used_teachers
+from services.filling import FillResult
+from services.precompute import fill, needed_teachers, show_failures, used_teachers
 from tests import models
 from tests.trainer import precompute
-from trainer import parse_recipe, teacher_info
+from trainer import Failure, parse_recipe, teacher_info
 
 
 def crosskd(data: Path, folder: Path, **more: object) -> dict:
@@ -63,3 +66,16 @@ def test_teachers_of_trained_stages_alone_are_not_needed_any_more(data: Path, tm
     assert needed_teachers(recipe, [2]) == ["swin"]
     assert needed_teachers(recipe, [1, 3]) == []
     assert used_teachers(recipe) == ["small", "swin"]
+
+
+def test_a_fault_that_every_row_has_is_not_put_on_the_images(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(total: int, *reasons: str) -> str:
+        failures = tuple(Failure(image, 0, f"{image}.jpg", reason) for image, reason in enumerate(reasons))
+        show_failures(FillResult("small", "small-1", total, 0, failures, 0, 0, 1.0, 0.0))
+        return capsys.readouterr().err
+
+    common = shown(3, "ValueError: norm", "ValueError: norm", "ValueError: norm")
+    assert "none of its 3 rows could be computed, each for the same reason: ValueError: norm. No image" in common
+    for others in (shown(3, "cannot be read", "ValueError: norm", "ValueError: norm"), shown(9, "gone", "gone")):
+        assert "of 3 images" in others or "of 2 images" in others
+        assert "Mend or remove these images" in others

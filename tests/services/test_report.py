@@ -1,10 +1,8 @@
-"""The report of real runs: its numbers, what it says of missing parts, what it lets through from names, how it fits a phone."""
+"""The report of real runs: its numbers, what it says of missing parts, and what it lets through from names."""
 
 import json
 import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -12,81 +10,18 @@ import pytest
 from mmdet.evaluation.functional import bbox_overlaps
 
 from cache import RecipeError
-from services.charts import Band, Line, line_chart
+from services.demo import cache_line
 from services.precompute import FillResult
-from services.records import keep_recipe, record_fill
+from services.records import keep_recipe, record_fill, record_use
 from services.report import write_report
 from services.runs import find_runs, read_run
 from tests import models
+from tests.services.pages import Page, charts, copy_run
 from tests.trainer import precompute
-from trainer import Recipe, parse_recipe, take_pictures, train_stage
+from trainer import parse_recipe, take_pictures, teacher_info
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
-VOID = {"meta", "img", "br"}
 NONE = "\N{EN DASH}"
-
-
-class Page(HTMLParser):
-    """A page as a browser's parser meets it: it must be balanced, and fetch nothing."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.links: list[str] = []
-        self.cells: list[list[str]] = []
-        self.words = ""
-        self.feed(text)
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.links += [str(value) for name, value in attrs if name in ("src", "href", "data", "action")]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.cells.append([])
-        if tag in ("td", "th") and self.cells:
-            self.cells[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-        if tag == "p":
-            self.words += " "
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] == ["style"]:
-            assert "url(" not in data
-            assert "@import" not in data
-            return
-        self.words += data
-        if self.open and {"td", "th"} & set(self.open):
-            self.cells[-1][-1] += data.strip()
-
-
-@pytest.fixture(scope="module")
-def made(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
-    """A run of two stages of two epochs, evaluated after each."""
-    folder = tmp_path_factory.mktemp("report")
-    content = models.recipe(data, folder)
-    content["views"]["flip"] = "none"
-    content["student"]["cfg_options"]["train_cfg.val_interval"] = 1
-    for stage in content["stages"]:
-        stage["epochs"] = 2
-    for teacher in content["teachers"].values():
-        teacher["batch_size"] = 4
-    recipe = parse_recipe(content, "test")
-    keep_recipe(recipe)
-    for name in recipe.teachers:
-        assert not precompute.fill(recipe, name)
-    for number in (1, 2):
-        train_stage(recipe, number)
-    return recipe, Path(recipe.work_dir)
 
 
 def result(folder: Path, stage: int) -> dict:
@@ -118,6 +53,60 @@ def test_the_page_holds_the_numbers_of_the_results_and_fetches_nothing(made, tmp
     assert text.count("data:image/jpeg") == 2
     # of teacher and student P3 to P7 of both images
     assert text.count("data:image/png") == 2 * 2 * 5
+
+
+def evaluated_on(run: Path, ann_file: Path, *, student: str = "RetinaNet", scale: tuple[int, int] = (128, 96)) -> None:
+    """Let the records of a run say what it was evaluated on, and with whom."""
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["dataset"]["val"]["ann_file"] = str(ann_file)
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    for file in run.glob("stage-*/stage.json"):
+        stage = json.loads(file.read_text())
+        stage["model"]["student"]["type"] = student
+        dataset = stage["val_dataloader"]["dataset"]
+        dataset["ann_file"] = str(ann_file)
+        dataset["metainfo"]["classes"] = [c["name"] for c in json.loads(ann_file.read_text())["categories"]]
+        next(step for step in dataset["pipeline"] if step["type"] == "Resize")["scale"] = scale
+        file.write_text(json.dumps(stage))
+
+
+def test_runs_on_other_data_are_neither_drawn_together_nor_shown_these_pictures(made, tmp_path: Path) -> None:
+    recipe, folder = made
+    scenes, cells, copied = Path(recipe.dataset.val.ann_file), tmp_path / "cells.json", tmp_path / "copied.json"
+    content = json.loads(scenes.read_text())
+    copied.write_text(json.dumps(content | {"info": "the same images and objects"}, indent=1))
+    for category, name in zip(content["categories"], "abcdef", strict=True):
+        category["name"] = f"cell {name}"
+    cells.write_text(json.dumps(content))
+    work = tmp_path / "work"
+    for name, ann_file in (("blood", cells), ("half", copied), ("whole", scenes)):
+        shutil.copytree(folder, work / name)
+        evaluated_on(work / name, ann_file, scale=(64, 48) if name == "half" else (128, 96))
+    shutil.copytree(recipe.cache.uri, tmp_path / "other")
+    file = work / "blood" / "recipe.json"
+    file.write_text(file.read_text().replace(json.dumps(recipe.cache.uri), json.dumps(str(tmp_path / "other"))))
+    text = write_report(work, images=1).read_text()
+    page = Page(text)
+    assert "3 runs on 2 val sets, student RetinaNet, ResNet-18." in page.words
+    assert f"{cells} 6 classes: cell a, cell b, cell c, cell d, cell e, cell f" in page.words
+    # a copy of the file is the same val set; that a student sees it smaller is said
+    assert {"box AP of 2 runs: half, whole", "AP over the epochs of all stages"} <= charts(text).keys()
+    assert "half within 64 x 48; whole within 128 x 96" in page.words
+    assert [row[0] for row in page.cells if row[1:3] == ["1", "small"]] == ["blood", "half", "whole"]
+    assert len([row for row in page.cells if row[:2] == ["run", "stage"]]) == 2
+    assert f"No pictures of blood: evaluated on {cells}; the pictures are of {copied}." in page.words
+    assert re.findall(r'aria-label="(\w+, stage \d)', text) == ["whole, stage 1", "whole, stage 2", "half, stage 2"]
+    # groups of two caches are told apart
+    assert "80 rows of 4 groups" in page.words
+    groups = {row[1] for row in page.cells if row[0] == "small" and len(row) > 8}
+    assert {Path(group).parent for group in groups} == {tmp_path / "other", Path(recipe.cache.uri)}
+    assert f"No precompute of teacher swin ({tmp_path}/other/swin-" in page.words
+    # a file that is gone is known by its path; students that differ are named with their runs alone
+    cells.unlink()
+    evaluated_on(work / "whole", scenes, student="FCOS")
+    page = Page(write_report(work, images=0).read_text())
+    assert "3 runs on 2 val sets." in page.words
+    assert next(row[0] for row in page.cells if row[0].startswith("whole")) == "wholeFCOS, ResNet-18"
 
 
 def test_evaluations_of_a_stage_are_joined_over_stages_in_epochs(made) -> None:
@@ -174,6 +163,42 @@ def test_missing_parts_are_named_and_the_rest_is_shown(made, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecipeError, match="holds no stage-N"):
         write_report(tmp_path / "empty")
+
+
+def test_a_full_cache_is_not_empty_because_a_stage_was_not_begun_yet(made, tmp_path: Path) -> None:
+    recipe, folder = made
+    cache = recipe.cache.model_copy(update={"uri": str(tmp_path / "cache")})
+    mine = recipe.model_copy(update={"cache": cache, "work_dir": str(tmp_path / "run")})
+    shutil.copytree(recipe.cache.uri, cache.uri)
+    shutil.rmtree(copy_run(folder, tmp_path / "run") / "stage-2")
+    keep_recipe(mine)
+    # another recipe's targets of both teachers lie in the same cache
+    others = mine.model_copy(update={"cache": cache.model_copy(update={"precision": "int8"})})
+    for name in recipe.teachers:
+        assert not precompute.fill(others, name)
+
+    def shown() -> list[list[str]]:
+        page = Page(write_report(tmp_path / "run", images=0).read_text())
+        assert "holds nothing" not in page.words
+        return [[row[0], row[2], row[5]] for row in page.cells if row[0] in ("small", "swin") and len(row) > 8]
+
+    # of the stage that was begun its own; of the other, of which nothing says whose it is, all that there is
+    assert sorted(shown()) == [["small", "20", "float16"], ["swin", "20", "float16"], ["swin", "20", "int8"]]
+    record_use(mine, teacher_info(mine, "swin"))
+    assert shown() == [["small", "20", "float16"], ["swin", "20", "float16"]]
+    (group,) = (path for path in (tmp_path / "cache").glob("swin-*") if path.name == teacher_info(mine, "swin").name)
+    shutil.rmtree(group)
+    page = Page(write_report(tmp_path / "run", images=0).read_text())
+    assert f"The cache {tmp_path}/cache holds nothing of swin that these runs read" in page.words
+    # without the group that the student was trained from nobody knows how many forwards that was
+    (group,) = (path for path in (tmp_path / "cache").glob("small-*") if path.name == teacher_info(mine, "small").name)
+    shutil.rmtree(group)
+    shutil.copytree(
+        Path(recipe.cache.uri) / teacher_info(mine, "swin").name, tmp_path / "cache" / teacher_info(mine, "swin").name
+    )
+    text = write_report(tmp_path / "run", images=0).read_text()
+    assert "<dt>teacher forwards made</dt><dd>unknown<" in text
+    assert "<dt>saved</dt>" not in text
 
 
 def test_several_runs_a_study_and_an_order_with_names_that_are_markup(made, tmp_path: Path) -> None:
@@ -233,6 +258,16 @@ def test_records_of_precomputes_accumulate_and_a_recipe_with_credentials_is_not_
     assert not (tmp_path / "new").exists()
 
 
+def test_the_demo_says_of_its_cache_what_the_report_does(made, tmp_path: Path) -> None:
+    recipe, folder = made
+    groups = [teacher_info(recipe, name).name for name in recipe.teachers]
+    fills = [FillResult(group[:-9], group, 20, 20, (), 1000, 1000, 1.0, 1.0) for group in groups]
+    page = Page(write_report(folder, out=tmp_path / "page.html", images=0).read_text())
+    shown = re.search(r"cache on disk([\d.]+ [kM]B)40 rows of 2 teachers", page.words)
+    assert shown
+    assert f"2.00 kB of shards, {shown[1]} on disk" in cache_line(fills, recipe.cache.uri)
+
+
 def test_a_teachers_boxes_lie_on_the_objects_of_the_image_as_it_is_stored(data: Path, tmp_path: Path) -> None:
     content = models.recipe(data, tmp_path, stages=[{"epochs": 1}])
     content["views"]["scale"] = [
@@ -253,40 +288,3 @@ def test_a_teachers_boxes_lie_on_the_objects_of_the_image_as_it_is_stored(data: 
         assert all(1 <= share < 2 for share in energy["P3"].share)
     assert len(best) > 5
     assert np.median(best) > 0.6  # in the pixels of the view it would be near 0.3
-
-
-def test_charts_keep_their_points_inside_and_their_values_apart() -> None:
-    lines = [
-        Line(name, [[(1, 10.0), (5, end)]], n, [5]) for n, (name, end) in enumerate({"a": 30.0, "b": 30.1}.items())
-    ]
-    chart = line_chart(lines, title="t", size=(340, 200), labels=("x", "y"), bands=[Band(0, 5, "s<1>")])
-    dots = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', chart)]
-    assert len(dots) == 4
-    assert all(0 <= x <= 340 and 0 <= y <= 200 for x, y in dots)
-    values = [float(y) for y in re.findall(r'class="value[^>]* y="([\d.]+)"', chart)]
-    assert abs(values[0] - values[1]) >= 12
-    assert "s&lt;1&gt;" in chart
-    assert line_chart([Line("one", [[(1, 0.0)]])], title="t", size=(340, 200), labels=("x", "y")).count("<circle") == 1
-    assert line_chart([], title="t", size=(340, 200), labels=("x", "y")) == ""
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_the_page_is_no_wider_than_a_phone(made, tmp_path: Path) -> None:
-    _, folder = made
-    text = write_report(folder, out=tmp_path / "page.html", images=1).read_text()
-    # a window is never narrower than 500 px, a frame is
-    measure = (
-        "<script>parent.postMessage(document.documentElement.scrollWidth + ' of ' + innerWidth, '*')</script></body>"
-    )
-    (tmp_path / "page.html").write_text(text.replace("</body>", measure))
-    (tmp_path / "phone.html").write_text(
-        "<script>onmessage = event => document.title = event.data</script>"
-        '<iframe src="page.html" style="width:390px;height:800px;border:0"></iframe>'
-    )
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--hide-scrollbars", "--disable-gpu", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=3000", "--dump-dom", f"file://{tmp_path}/phone.html",
-    ]  # fmt: skip
-    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert re.search(r"<title>390 of 390</title>", dumped), dumped[:600]

@@ -20,6 +20,7 @@ import torch
 import yaml
 from ray.cluster_utils import Cluster
 
+from cache import MtpdError
 from services.train import train
 from tests import models
 from tests.trainer import precompute
@@ -42,6 +43,17 @@ def _content(data: Path, folder: Path, workers: Any) -> dict[str, Any]:
     content["student"]["cfg_options"]["train_cfg.val_interval"] = 4
     content["training"] = {"workers": workers, "cpus": 1, "checkpoint_steps": 1, "batch_size": 4}
     return content
+
+
+def test_code_that_fails_alike_twice_is_not_tried_again_and_says_where(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = models.recipe(data, tmp_path, stages=[{"epochs": 1}])
+    content["student"]["cfg_options"]["model.bbox_head.loss_bbox.type"] = "NoSuchLoss"
+    content["training"] = {"cpus": 1}
+    with pytest.raises(MtpdError, match=r"twice the same, .*: KeyError: .*NoSuchLoss.* \(.*\.py:\d+\)"):
+        train(parse_recipe(content, "test"), [1])
+    assert capsys.readouterr().out.count("a worker failed") == 1
 
 
 def _wait(condition: Callable[[], Any], still: Callable[[], bool]) -> None:

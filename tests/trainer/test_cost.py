@@ -159,7 +159,7 @@ def test_the_parts_of_a_recipe_are_timed_beside_it_and_nothing_is_written(data: 
 def test_the_shortest_stage_is_one_step_that_downloads_nothing(data: Path, tmp_path: Path) -> None:
     content = models.recipe(data, tmp_path)
     options = content["student"]["cfg_options"]
-    options["model.backbone.init_cfg"] = {"type": "Pretrained", "checkpoint": "torchvision://nowhere"}
+    options["model.backbone.init_cfg"] = {"type": "Pretrained", "checkpoint": "torchvision://resnet18"}
     content["training"] = {"batch_size": 3}
     recipe, before = parse_recipe(content, "test"), set(tmp_path.iterdir())
     with TemporaryDirectory() as folder:

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from mmdet.registry import MODELS
 
 from cache import RecipeError
 from tests import models
 from tests.trainer.workers import train
 from trainer import parse_recipe, parts, stage_config
+from trainer.config import load_config
+from trainer.student_losses import sum_over_parts
 
 
 def _alone(data: Path, folder: Path, student: str, training: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -23,6 +26,7 @@ def _alone(data: Path, folder: Path, student: str, training: dict[str, Any], **o
     [
         ("retinanet-r18", {}, r"micro_batch: 20 batch normalisations .* \(backbone\.bn1, .*norm_eval: true"),
         ("cascade-rcnn-r18", {"model.backbone.norm_eval": True}, r"micro_batch: how the losses of a CascadeRCNN"),
+        ("cascade-mask-rcnn-dcn", {"model.backbone.norm_eval": True}, r"micro_batch: how the losses of a CascadeRCNN"),
     ],
 )
 def test_a_student_that_cannot_be_cut_is_refused(
@@ -31,6 +35,19 @@ def test_a_student_that_cannot_be_cut_is_refused(
     content = _alone(data, tmp_path, student, {"micro_batch": 2}, **options)
     with pytest.raises(RecipeError, match=rf"(?s)training\.{message}"):
         train(content, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        ("mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", True),
+        ("ms_rcnn/ms-rcnn_r50-caffe_fpn_1x_coco.py", False),  # these two have a loss more beside their masks'
+        ("point_rend/point-rend_r50-caffe_fpn_ms-1x_coco.py", False),
+    ],
+)
+def test_a_head_with_losses_of_its_own_does_not_pass_for_a_plain_one(config: str, known: bool) -> None:
+    model = load_config(f"mmdet::{config}", {"model.backbone.init_cfg": None}, "test").model
+    assert sum_over_parts(MODELS.build(model)) is known
 
 
 def test_what_relates_all_samples_is_refused_in_micro_batches() -> None:
