@@ -71,6 +71,7 @@ def plan(
         typer.echo(json.dumps(plan_record(plans, cost), indent=1))
     else:
         show_plans(plans, cost)
+        _note_batch(content)
     if not force:
         refuse_too_large(open_storage(content.cache.uri), plans)
 
@@ -135,6 +136,7 @@ def train_command(
     content = decided(load_recipe(recipe))
     if stage is not None and stage > len(content.stages):
         raise RecipeError(f"--stage {stage}: {recipe} has {len(content.stages)} stages.")
+    _note_batch(content)
     stages = [stage] if stage is not None else list(range(1, len(content.stages) + 1))
     with serving.beside_training(content, stages) if targets == "cache" else nullcontext():
         _show_stages(train(content, stages, targets))
@@ -166,9 +168,10 @@ def run(recipe: RecipeFile, force: Force = False) -> None:
     from services.report import write_report
     from trainer import load_recipe, refuse_untrainable
 
-    given = load_recipe(recipe)
-    refuse_untrainable(given)
-    content = decided(given, compute=True, force=force)
+    content = load_recipe(recipe)
+    refuse_untrainable(content)
+    _note_batch(content)  # before anything that takes hours
+    content = decided(content, compute=True, force=force)
     fills, results = run_job(content, force=force)
     if not results:
         raise typer.Exit(1)
@@ -317,6 +320,13 @@ def _teachers(recipe: "Recipe", only: str | None) -> list[str]:
     if only not in recipe.teachers:
         raise RecipeError(f"--teacher {only}: not in `teachers` ({', '.join(recipe.teachers) or 'none'}).")
     return [only]
+
+
+def _note_batch(recipe: "Recipe") -> None:
+    from trainer import batch_note
+
+    if (note := batch_note(recipe)) is not None:
+        say(f"note: {note}")
 
 
 def _show_stages(results: "list[StageResult]") -> None:

@@ -14,6 +14,7 @@ with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
 
     register_all_modules(init_default_scope=True)
 
+from trainer.adaptation import Cost, adaptation_costs
 from trainer.annotations import Annotations, annotations_digest, read_annotations
 from trainer.asking import Answer, RowAsker, ask, counts, service_name, service_url
 from trainer.batches import TotalBatchSampler, ViewSampler, epoch_batches, epoch_order, share
@@ -38,16 +39,15 @@ from trainer.distiller import Distiller
 from trainer.evaluate import evaluate_teacher, evaluation_loader, refuse_other_classes
 from trainer.first_epoch import first_epoch
 from trainer.groups import teacher_info, wanted_record
+from trainer.learning_rate import batch_note
 from trainer.loop import ResumableEpochLoop, SeedStepHook, StageCheckpointHook
 from trainer.measure import Measured, TeacherSeconds, measure
 from trainer.mechanisms import Batch
 from trainer.needs import Needs, needs_of
 from trainer.order import (
     STUDENT,
-    Cost,
     OrderRows,
     Selection,
-    adaptation_costs,
     choose_rows,
     select_teachers,
     trained_student,
@@ -128,6 +128,7 @@ __all__ = [
     "annotations_digest",
     "ask",
     "assemble",
+    "batch_note",
     "break_even_epochs",
     "break_even_students",
     "cheapest",

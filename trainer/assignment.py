@@ -9,7 +9,9 @@ from mmdet.models.utils import unpack_gt_instances
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
+from cache import RecipeError
 from trainer import parts
+from trainer.dense import family
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,24 @@ class Assignment:
     labels: list[Tensor]
     weights: list[Tensor]
     average: Tensor
+
+
+def refuse_other_targets(head: nn.Module, key: str) -> None:
+    """Refuse a head whose targets `assign` cannot read: one that does not get them as its family does.
+
+    Args:
+        head: a dense head of a known family.
+        key: what the message begins with.
+
+    Raises:
+        RecipeError: such a head (PAA and LAD find their positives by their losses, in a second pass).
+    """
+    kind = family(head)
+    if type(head).get_targets is not kind.get_targets:
+        raise RecipeError(
+            f"{key}: a {type(head).__name__} finds its positives in another way than a {kind.__name__}, which this mechanism "
+            "cannot follow. Take a student with one of these, or DenseLogitLoss, or mechanisms on features or detections."
+        )
 
 
 @torch.no_grad()

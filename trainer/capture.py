@@ -100,7 +100,6 @@ def flatten(outputs: dict[str, list[Tensor]], modules: Sequence[str], key: str) 
     return [feature_map for name in modules for feature_map in outputs[name]]
 
 
-@torch.no_grad()
 def measure_levels(model: nn.Module, modules: Sequence[str], key: str) -> tuple[Level, ...]:
     """Name the captured maps by their stride, measured in one forward pass of a small blank image.
 
@@ -110,6 +109,30 @@ def measure_levels(model: nn.Module, modules: Sequence[str], key: str) -> tuple[
     Raises:
         TeacherLoadError: a map whose size is not ceil(image / power of two), or two maps of one stride.
     """
+    maps, _, size = _probe(model, modules, key)
+    return _levels(maps, size, key)
+
+
+def levels_of_the_head(model: nn.Module, modules: Sequence[str], key: str) -> set[str]:
+    """The captured levels whose maps are those that the detector hands to its head, number by number.
+
+    Of a module before a norm or another layer they are not, whatever their shape.
+
+    Raises:
+        TeacherLoadError: see `measure_levels`.
+    """
+    maps, features, size = _probe(model, modules, key)
+    levels = _levels(maps, size, key)
+    return {
+        level.name for level, one in zip(levels, maps, strict=True) if any(torch.equal(one, read) for read in features)
+    }
+
+
+@torch.no_grad()
+def _probe(
+    model: nn.Module, modules: Sequence[str], key: str
+) -> tuple[list[Tensor], tuple[Tensor, ...], tuple[int, int]]:
+    """The captured maps of a small blank image, what the head reads of it, and rows and columns of the padded image."""
     training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -120,15 +143,19 @@ def measure_levels(model: nn.Module, modules: Sequence[str], key: str) -> tuple[
     batch = model.data_preprocessor(dict(inputs=[blank], data_samples=[DetDataSample(metainfo=meta)]), False)
     height, width = batch["inputs"].shape[-2:]
     with captured(model, modules, key) as outputs:
-        model.extract_feat(batch["inputs"])
+        features = model.extract_feat(batch["inputs"])
     model.train(training)
+    return flatten(outputs, modules, key), tuple(features), (height, width)
+
+
+def _levels(maps: Sequence[Tensor], image: tuple[int, int], key: str) -> tuple[Level, ...]:
     levels: dict[str, Level] = {}
-    for feature_map in flatten(outputs, modules, key):
+    for feature_map in maps:
         channels, *size = feature_map.shape[1:]
-        strides = [s for s in _STRIDES if (-(-height // s), -(-width // s)) == tuple(size)]
+        strides = [s for s in _STRIDES if (-(-image[0] // s), -(-image[1] // s)) == tuple(size)]
         if not strides:
             raise TeacherLoadError(
-                f"{key}: a captured map is {tuple(size)} for an image of {(height, width)}: no power of two is its stride."
+                f"{key}: a captured map is {tuple(size)} for an image of {image}: no power of two is its stride."
             )
         level = Level(level_name(strides[0]), channels, strides[0])
         if level.name in levels:

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cache import TeacherLoadError
+from cache import RecipeError, TeacherLoadError
 
 # the only names that a checkpoint may bring to life; every other object in it becomes an `_Inert`
 _ALLOWED = frozenset(
@@ -79,8 +80,38 @@ def read_weights(path: str | Path, key: str) -> "OrderedDict[str, Tensor]":
     Raises:
         TeacherLoadError: not a checkpoint, or one without weights.
     """
+    content = _read(path, key)
+    weights = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise TeacherLoadError(f"{key}: {path}: holds no weights: expected a state dict, alone or under 'state_dict'.")
+    stripped = OrderedDict((name.removeprefix("module."), value) for name, value in weights.items())
+    # mmdet's modules read the version of what they load from here (deformable convolutions, for one)
+    stripped._metadata = getattr(weights, "_metadata", OrderedDict())  # type: ignore[attr-defined]
+    return stripped
+
+
+def read_classes(path: str | Path, key: str) -> tuple[str, ...] | None:
+    """The names of the classes that a checkpoint says its detector has, in order; None where it says nothing.
+
+    mmengine's Runner writes them as ``meta.dataset_meta.classes`` (or ``CLASSES``), mmdet 2 wrote ``meta.CLASSES``.
+
+    Raises:
+        TeacherLoadError: not a checkpoint.
+    """
+    # only the pages that are looked at are read: of weights none
+    content = _read(path, key, mmap=zipfile.is_zipfile(path))
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    for of in (meta.get("dataset_meta"), meta) if isinstance(meta, Mapping) else ():
+        for name in ("classes", "CLASSES") if isinstance(of, Mapping) else ():
+            found = of.get(name)
+            if isinstance(found, list | tuple) and found and all(isinstance(one, str) for one in found):
+                return tuple(found)
+    return None
+
+
+def _read(path: str | Path, key: str, **options: Any) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_WEIGHTS_PICKLE)
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_WEIGHTS_PICKLE, **options)
     except (
         pickle.UnpicklingError,
         RuntimeError,
@@ -92,13 +123,6 @@ def read_weights(path: str | Path, key: str) -> "OrderedDict[str, Tensor]":
         AttributeError,
     ) as error:
         raise TeacherLoadError(f"{key}: {path}: not a readable checkpoint ({error}).") from error
-    weights = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise TeacherLoadError(f"{key}: {path}: holds no weights: expected a state dict, alone or under 'state_dict'.")
-    stripped = OrderedDict((name.removeprefix("module."), value) for name, value in weights.items())
-    # mmdet's modules read the version of what they load from here (deformable convolutions, for one)
-    stripped._metadata = getattr(weights, "_metadata", OrderedDict())  # type: ignore[attr-defined]
-    return stripped
 
 
 def load_strict(model: nn.Module, path: str | Path, key: str) -> None:
@@ -178,9 +202,25 @@ def _cascade_stage(name: str) -> tuple[str | None, int]:
     return None, 0
 
 
+def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of the weights that hold a NaN or Inf; from a GPU in one transfer."""
+    floating = {name: value for name, value in weights.items() if value.is_floating_point()}
+    finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist()
+    return [name for name, good in zip(floating, finite, strict=True) if not good]
+
+
 def save_student(student: nn.Module, path: Path, classes: tuple[str, ...]) -> None:
-    """Write a checkpoint of the student alone, as stock mmdet's ``init_detector`` expects it. Atomic."""
+    """Write a checkpoint of the student alone, as stock mmdet's ``init_detector`` expects it. Atomic.
+
+    Raises:
+        RecipeError: weights that are not finite.
+    """
     weights = OrderedDict((name, value.detach().cpu()) for name, value in student.state_dict().items())
+    if lost := not_finite(weights):
+        raise RecipeError(
+            f"{path}: not written: {len(lost)} of the student's weights are not finite ({', '.join(lost[:2])}, ...), though "
+            "as they were trained they are. Look at what its config averages them by (custom_hooks: EMAHook)."
+        )
     temporary = path.with_suffix(".tmp")
     torch.save({"state_dict": weights, "meta": {"dataset_meta": {"classes": classes}}}, temporary)
     temporary.replace(path)

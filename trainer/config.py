@@ -105,3 +105,8 @@ def resolve(name: str) -> str:
 def plain_dict(config: Any) -> Any:
     """A config as plain dicts, a copy; tuples stay, for some of mmdet's transforms take no list."""
     return copy.deepcopy(config.to_dict())
+
+
+def kind(given: Any) -> str:
+    """The name of a registered class, which a config gives bare, behind its scope (``mmdet.``), or as the class itself."""
+    return str(getattr(given, "__name__", given)).rpartition(".")[2]

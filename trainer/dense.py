@@ -14,8 +14,8 @@ _FAMILIES = (RetinaHead, ATSSHead, GFLHead, FCOSHead, RepPointsHead)
 def check_dense(head: nn.Module | None, key: str) -> None:
     """Refuse what is no dense head of a known family.
 
-    A subclass counts if it keeps its family's forward pass (PAA, FSAF, LD, NAS-FCOS), for what the outputs mean depends on it
-    (VFNet, TOOD and AutoAssign have others).
+    A subclass counts if it keeps its family's forward pass (PAA, LAD, LD, FreeAnchor, NAS-FCOS), for what the outputs mean
+    depends on it (FSAF, VFNet, TOOD, RTMDet and AutoAssign have others).
 
     Args:
         key: what the message begins with: the mechanism, or the recipe's key.

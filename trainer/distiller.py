@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from mmdet.registry import MODELS
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
@@ -18,13 +17,14 @@ from cache import Level, RecipeError, find_group, open_storage, read_head
 from trainer.capture import captured, flatten, measure_levels, recorded
 from trainer.checkpoint import inherit, load_strict, read_weights
 from trainer.mechanisms import MECHANISMS, Batch, Mechanism
+from trainer.mechanisms.base import fit
 from trainer.mechanisms.draws import SampledBoxes
 from trainer.precision import DTYPES, as_float, refuse_unknown
 from trainer.pretrained import loading
 from trainer.specs import TeacherSpec
 from trainer.step import take_step
 from trainer.student_losses import sum_over_parts
-from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, pool_student
+from trainer.targets import CachedMaps, LiveMaps, TeacherMaps, assemble, own_maps, pool_student
 from trainer.teacher import Teacher
 
 
@@ -192,7 +192,9 @@ class Distiller(BaseModel):
             # rows and columns that the student's map would have if it saw the whole views
             whole = [round(side / self.input_scale) for side in maps[level].shape[-2:]]
             if window > 1:
-                ours[level] = pool_student(_enlarged(maps[level], whole), own, window)
+                # enlarged before it is averaged: of its own positions only, as the mechanisms enlarge what is not averaged
+                enlarged = fit(maps[level], own_maps(own, whole, maps[level].device))
+                ours[level] = pool_student(enlarged, own, window)
             targets[level], valid[level] = assemble(given, level, (-(-whole[0] // window), -(-whole[1] // window)))
         head = self._heads.get(teacher)
         return Batch(
@@ -264,11 +266,6 @@ def _whole_views(data: Mapping[str, Any]) -> list[Tensor]:
         image if view is None else torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1)))
         for image, view in zip(data["inputs"], kept, strict=True)
     ]
-
-
-def _enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:
-    same = list(maps.shape[-2:]) == list(size)
-    return maps if same else F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
 
 
 def _live(name: str, spec: dict[str, Any], top_k: int) -> Teacher:

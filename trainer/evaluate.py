@@ -8,6 +8,7 @@ from mmengine.runner import Runner
 from cache import RecipeError
 from trainer.annotations import read_annotations
 from trainer.checkpoint import load_strict
+from trainer.classes import refuse_other_order
 from trainer.recipe import Recipe
 from trainer.specs import StageSpec
 from trainer.stage_config import stage_config
@@ -18,15 +19,16 @@ def refuse_other_classes(recipe: Recipe, name: str) -> None:
     """A teacher can be evaluated only where its heads have the data set's classes.
 
     Raises:
-        RecipeError: none of its heads has so many.
+        RecipeError: none of its heads has so many, or they come in another order.
     """
-    classes = len(read_annotations(recipe.dataset.val.ann_file, "dataset.val.ann_file").classes)
+    classes = read_annotations(recipe.dataset.val.ann_file, "dataset.val.ann_file").classes
     counts = class_counts(recipe.teachers[name], name)
-    if counts and classes not in counts:
+    if counts and len(classes) not in counts:
         raise RecipeError(
             f"teachers.{name}: cannot be evaluated: its heads have {', '.join(map(str, sorted(counts)))} classes, the val set "
-            f"has {classes}. Give its box AP in points: teachers.{name}.ap"
+            f"has {len(classes)}. Give its box AP in points: teachers.{name}.ap"
         )
+    refuse_other_order(recipe.teachers[name].checkpoint, classes, f"teachers.{name}.checkpoint")
 
 
 def evaluation_loader(recipe: Recipe) -> ConfigDict:

@@ -19,6 +19,7 @@ from cache import (
     serves,
 )
 from trainer.annotations import read_annotations
+from trainer.classes import refuse_other_order
 from trainer.needs import needs_of, on_heads, refuse_unfit
 from trainer.recipe import Recipe
 from trainer.teacher import class_counts, describe, fingerprint_record
@@ -92,9 +93,10 @@ def _refuse_other_classes(recipe: Recipe, name: str) -> None:
     if not on_heads(recipe, name):
         return
     counts = class_counts(recipe.teachers[name], name)
-    classes = len(read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").classes)
-    if counts and classes not in counts:
+    classes = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").classes
+    if counts and len(classes) not in counts:
         raise RecipeError(
-            f"teachers.{name}: its heads have {', '.join(map(str, sorted(counts)))} classes, dataset.train has {classes}, and a "
-            "mechanism of its stages compares classes. Take mechanisms on features for this teacher."
+            f"teachers.{name}: its heads have {', '.join(map(str, sorted(counts)))} classes, dataset.train has {len(classes)}, "
+            "and a mechanism of its stages compares classes. Take mechanisms on features for this teacher."
         )
+    refuse_other_order(recipe.teachers[name].checkpoint, classes, f"teachers.{name}.checkpoint")

@@ -7,7 +7,11 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS, LOOPS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
+from trainer.finite import refuse_not_finite
 from trainer.mechanisms import draws
+
+# losses come to the CPU with every step, weights only to be looked at
+_LOOK_STEPS = 50
 
 
 @LOOPS.register_module()
@@ -54,7 +58,8 @@ class SeedStepHook(Hook):
 class StageCheckpointHook(CheckpointHook):
     """A checkpoint at the end of each epoch, and within it every so many steps; the last two are kept.
 
-    Two, because mmengine deletes what is too many before it writes, and a kill may cut short what it writes.
+    Two, because mmengine deletes what is too many before it writes, and a kill may cut short what it writes. Before each one,
+    and now and then between, the weights are looked at: see `refuse_not_finite`.
 
     Args:
         steps: between checkpoints, counted from the stage's beginning.
@@ -63,9 +68,23 @@ class StageCheckpointHook(CheckpointHook):
     def __init__(self, steps: int | None = None) -> None:
         super().__init__(by_epoch=False, max_keep_ckpts=2, save_last=False)
         self.steps = steps
+        self._looked = 0
+
+    def before_train(self, runner: Runner) -> None:
+        """Where a stage goes on, what was written is finite."""
+        super().before_train(runner)
+        self._looked = runner.iter
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Write ``iter_N.pth``, N the number of steps that are done."""
+        """Write ``iter_N.pth``, N the number of steps that are done.
+
+        Raises:
+            RecipeError: the weights are not finite.
+        """
         done = runner.iter + 1
-        if done % len(runner.train_dataloader) == 0 or (self.steps is not None and done % self.steps == 0):
+        due = done % len(runner.train_dataloader) == 0 or (self.steps is not None and done % self.steps == 0)
+        if due or done % _LOOK_STEPS == 0:
+            refuse_not_finite(runner, self._looked)
+            self._looked = done
+        if due:
             self._save_checkpoint(runner)

@@ -101,7 +101,7 @@ def _refuse_unfit(student: str, teacher: str, name: str, mechanisms: str, classe
     pooled = [replace(level, pool=theirs.pool.get(level.name, 1)) for level in known]
     for one in json.loads(mechanisms):
         arguments = {key: value for key, value in one.items() if key != "type"}
-        MECHANISMS.get(one["type"])(levels, pooled, **arguments).refuse_unfit(ours, master)
+        MECHANISMS.get(one["type"])(levels, pooled, **arguments).refuse_unfit(ours, master, theirs.capture)
 
 
 def _levels(recipe: Recipe, teacher: str, mechanisms: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -107,8 +107,7 @@ def take_pictures(
     """Run detectors on some val images.
 
     Args:
-        teacher: its name in the recipe; run live on each image, resized as students are evaluated, or else into the size of
-            the sampled views.
+        teacher: its name in the recipe; run live on each image, resized as students are evaluated.
         students: folders of trained stages, by the name that each student goes under here.
         count: images, drawn from those with objects; all if there are fewer.
 
@@ -124,8 +123,7 @@ def take_pictures(
     with _quiet():
         if teacher is not None:
             model = Teacher(recipe.teachers[teacher], teacher, device)
-            scale = recipe.views.evaluation_scale or tuple(recipe.views.sampled.size)
-            sights[teacher] = [_teacher_sight(model, path, scale) for path in paths]
+            sights[teacher] = [_teacher_sight(model, path, recipe.views.evaluation_scale) for path in paths]
         for name, folder in students.items():
             student = init_detector(str(folder / "student.py"), str(folder / "student.pth"), device=device)
             sights[name] = [_student_sight(student, recipe.student.capture, path) for path in paths]

@@ -159,8 +159,8 @@ class ApplySampledView(BaseTransform):
 
         Returns:
             What mmdet's transforms made of the image: ``img`` (h, w, 3) uint8, BGR, ``gt_bboxes`` and the like in pixels of
-            the view; and ``files_crc32c``, the checksum of the image's file followed by its partners', each once, in the
-            order of their first use.
+            the view, each box at least one wide and high; and ``files_crc32c``, the checksum of the image's file followed by
+            its partners', each once, in the order of their first use.
 
         Raises:
             UnusableImageError: a transform refuses the image or fails on it, a partner's file cannot be used, or the result is
@@ -221,7 +221,7 @@ class ApplySampledView(BaseTransform):
                 f"view {view} is {width}x{height} after the pipeline, larger than views.sampled.size ({most_wide}x{most_high}, "
                 "width x height). End the pipeline with a crop or resize into it, or raise the size."
             )
-        results = self._pad(results)
+        results = self._pad(_without_slivers(results, width, height))
         results["img"] = np.ascontiguousarray(results["img"])
         results["img_shape"] = results["img"].shape[:2]
         if not self._keep_masks:
@@ -309,6 +309,22 @@ def _apply(transform: Any, results: dict[str, Any], partners: _Partners, dice: D
             made.pop("mix_results", None)
             return made
     return None
+
+
+def _without_slivers(results: dict[str, Any], width: int, height: int) -> dict[str, Any]:
+    """Leave out boxes that mmdet's data set would not load: less than a pixel wide or high, or with no part in the image.
+
+    Transforms that move and clip boxes leave them behind (RandAugment). Boxes without area make losses of boxes infinite, and
+    assigners give them anchors that they do not overlap.
+    """
+    x1, y1, x2, y2 = (results["gt_bboxes"].tensor[:, side].numpy() for side in range(4))
+    kept = (x2 - x1 >= 1) & (y2 - y1 >= 1) & (x1 < width) & (x2 > 0) & (y1 < height) & (y2 > 0)
+    if not kept.all():
+        for key in ("gt_bboxes_labels", "gt_ignore_flags", "gt_masks"):
+            if key in results:
+                results[key] = results[key][kept]
+        results["gt_bboxes"] = results["gt_bboxes"][torch.from_numpy(kept)]
+    return results
 
 
 def build_pipeline(pipeline: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -108,7 +108,7 @@ class SampledSpec(Spec):
         seed: another seed draws other views.
         pad: value of the padding in all three channels. The padding is part of the view.
         masks: load masks too: for transforms that paste objects, and for students that train on masks.
-        val_scale: (long edge, short edge) into which validation images are resized; by default as the student's config says.
+        val_scale: (long edge, short edge) into which validation images are resized; by default that of ``size``.
     """
 
     pipeline: PipelineSpec
@@ -141,11 +141,13 @@ class ViewsSpec(Spec):
         return self
 
     @property
-    def evaluation_scale(self) -> Scale | None:
-        """Into which val images are resized: the largest scale of the views; None leaves it to the student's config."""
-        if self.scale is None:
-            return self.sampled.val_scale if self.sampled else None
-        return max(self.scale, key=lambda scale: scale[0] * scale[1])
+    def evaluation_scale(self) -> Scale:
+        """(long edge, short edge) into which val images are resized: the largest scale of the views, or of sampled ones
+        ``val_scale``, by default their size."""
+        if self.scale is not None:
+            return max(self.scale, key=lambda scale: scale[0] * scale[1])
+        assert self.sampled is not None
+        return self.sampled.val_scale or (max(self.sampled.size), min(self.sampled.size))
 
     def policy(self, ann_file: str) -> Policy:
         """The policy that gives each view its number. Sampled views depend on the annotations, whose digest is part of it."""
@@ -298,7 +300,8 @@ class OrderSpec(Spec):
     Attributes:
         images: images whose features are compared, each in one view; half of them to fit on, half to score on.
         max_teachers: the longest sequence.
-        ridge: penalty of the regression, in units of the mean variance of a channel.
+        ridge: penalty of the regression, in units of the mean variance of a channel; with less than the least, channels that
+            say the same make it insoluble.
         positions: drawn of each level of each image; null takes all.
         seed: of the draw of images and positions.
         checkpoint: of a trained student, whose features are compared; by default ``student.checkpoint``. With one of its own
@@ -308,7 +311,7 @@ class OrderSpec(Spec):
 
     images: Annotated[int, Field(ge=2)] = 2000
     max_teachers: PositiveInt = 3
-    ridge: PositiveFloat = 1e-4
+    ridge: Annotated[float, Field(ge=1e-12)] = 1e-4
     positions: PositiveInt | None = 512
     seed: Annotated[int, Field(ge=0)] = 0
     checkpoint: ExistingFile | None = None

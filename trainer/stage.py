@@ -29,10 +29,11 @@ from trainer.stage_config import TargetSource, stage_config, stage_dir, student_
 
 _BEGUN = "stage.json"
 # the same targets may come from a group that stores more or less of them, be waited for or not, kept on a local disk or not;
-# what is done about damage, how often a checkpoint is written, and in how many pieces a share is trained on, is free too
+# what is done about damage, how often a checkpoint is written, and in how many pieces a share is trained on, is free too; so is
+# for which batch a learning rate is made, for the rate that follows from it is compared itself
 _FREE = re.compile(
     r"\.fingerprint\.(levels|dense|head|detections)[:.]|\.head\.fingerprint\b|default_hooks\.checkpoint\b|model\.micro_batch\b"
-    r"|\.(on_missing|service|on_damage|local_dir|local_bytes)\b"
+    r"|\.(on_missing|service|on_damage|local_dir|local_bytes)\b|^auto_scale_lr\b"
 )
 
 
@@ -79,7 +80,8 @@ def train_stage(
         listen: given a pulse every few seconds.
 
     Raises:
-        RecipeError: the stage before is not done, or the folder holds a stage of another recipe.
+        RecipeError: the stage before is not done, or the folder holds a stage of another recipe; or the student's weights are not
+            finite any more.
         MissingRowsError: the cache does not have every row that the stage reads, and (``cache.on_missing``) it is not to be
             waited for, or in vain.
     """

@@ -1,29 +1,31 @@
 """A recipe's stage -> an ordinary mmengine config: the student's own, with views, targets, mechanisms and schedule in it."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from mmengine.config import Config
 
 from cache import GroupInfo, RecipeError
 from trainer.annotations import Annotations, read_annotations
 from trainer.asking import service_url
-from trainer.config import load_config, nested, plain_dict, set_classes
+from trainer.classes import refuse_other_order
+from trainer.config import kind, load_config, nested, plain_dict, set_classes
 from trainer.groups import teacher_info
+from trainer.learning_rate import follow_batch
 from trainer.needs import needs_of
 from trainer.pretrained import refuse_missing
 from trainer.recipe import Recipe
-from trainer.specs import StageSpec, TrainingSpec
+from trainer.schedule import set_schedule
+from trainer.specs import TrainingSpec
 from trainer.transforms import view_config
 
 TargetSource = Literal["cache", "online"]
 # what of a student's training pipeline may stay: everything else changes pixels or boxes after the view
 _LOADING = ("LoadImageFromFile", "LoadAnnotations", "FilterAnnotations")
 _CLIP_NORM = 35.0
-_WARM_UP_SHARE = 0.1
 
 
 def stage_dir(recipe: Recipe, stage: int) -> Path:
@@ -34,10 +36,9 @@ def stage_dir(recipe: Recipe, stage: int) -> Path:
 def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") -> Config:
     """The mmengine config of a stage: the student's own, with views, targets, mechanisms and schedule in it.
 
-    What is taken from the student's config: model, optimiser, schedule (stretched to the stage's epochs; a warm-up counted in
-    iterations is cut to a tenth of the stage where it is longer), loaders and hooks. The validation images are resized to
-    the largest scale of the views, or, where views are sampled, to their ``val_scale`` or else that of the student's config;
-    either times the student's input scale.
+    What is taken from the student's config: model, optimiser, schedule (stretched, see `set_schedule`), loaders and hooks. The
+    validation images are resized, keeping their ratio, to the largest scale of the views, or to the ``val_scale`` of sampled
+    ones, times the student's input scale.
 
     Args:
         stage: number of the stage, from 1.
@@ -46,18 +47,19 @@ def stage_config(recipe: Recipe, stage: int, targets: TargetSource = "cache") ->
     Raises:
         RecipeError: the student's config cannot be trained like this; the message names the key.
     """
-    spec = recipe.stages[stage - 1]
     cfg = load_config(recipe.student.config, recipe.student.cfg_options, "student.config")
     train = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file")
     val = read_annotations(recipe.dataset.val.ann_file, "dataset.val.ann_file")
     if train.classes != val.classes:
         raise RecipeError("dataset: train and val have different categories; give both files the same `categories`.")
     set_classes(cfg.model, len(train.classes))
-    infos = [teacher_info(recipe, name) for name in spec.teachers]
+    infos = [teacher_info(recipe, name) for name in recipe.stages[stage - 1].teachers]
     _set_batches(cfg, recipe.training)
     _set_data(cfg, recipe, train, stage, infos if targets == "cache" else [])
     _set_evaluation(cfg, recipe)
-    _set_schedule(cfg, spec, train)
+    kept = _let_through(train, cfg.train_dataloader.dataset.dataset.filter_cfg)
+    steps = -(-int(kept.sum()) // cfg.train_dataloader.batch_size)
+    set_schedule(cfg, recipe.stages[stage - 1].epochs, steps, train.images.ids.size)
     cfg.default_hooks.checkpoint = dict(type="StageCheckpointHook", steps=recipe.training.checkpoint_steps)
     _set_model(cfg, recipe, stage, infos, targets)
     _set_visualizer(cfg, stage_dir(recipe, stage))
@@ -135,8 +137,8 @@ def _custom_hooks(cfg: Config) -> list[dict[str, Any]]:
     Raises:
         RecipeError: one that looks for its detector, or its data set, where the distiller and the views are.
     """
-    hooks = [hook for hook in plain_dict(cfg).get("custom_hooks") or [] if _kind(hook["type"]) != "PipelineSwitchHook"]
-    if any(_kind(hook["type"]) == "YOLOXModeSwitchHook" for hook in hooks):
+    hooks = [hook for hook in plain_dict(cfg).get("custom_hooks") or [] if kind(hook["type"]) != "PipelineSwitchHook"]
+    if any(kind(hook["type"]) == "YOLOXModeSwitchHook" for hook in hooks):
         raise RecipeError(
             "student.config: custom_hooks has a YOLOXModeSwitchHook, which changes data set and head in the midst of a "
             "training; here a stage is the same from its beginning to its end. Leave it out: student.cfg_options: "
@@ -148,7 +150,7 @@ def _custom_hooks(cfg: Config) -> list[dict[str, Any]]:
 def _set_batches(cfg: Config, training: TrainingSpec) -> None:
     """Total batches, how they are shared out and cut, and in which precision they are computed."""
     loader, optimiser = cfg.train_dataloader, cfg.optim_wrapper
-    if _kind(optimiser.get("constructor")) == "LearningRateDecayOptimizerConstructor":
+    if kind(optimiser.get("constructor")) == "LearningRateDecayOptimizerConstructor":
         raise RecipeError(
             "student.config: optim_wrapper.constructor: LearningRateDecayOptimizerConstructor goes by the names of a "
             "detector's parameters, which here are a part of the distiller's. Take mmengine's own: student.cfg_options: "
@@ -170,11 +172,7 @@ def _set_batches(cfg: Config, training: TrainingSpec) -> None:
     loader.sampler = dict(type="ViewSampler")
     loader.batch_sampler = dict(type="TotalBatchSampler", by_shape=by_shape)
     loader.pop("drop_last", None)
-    # mmengine would count the total batch once for each worker
-    scaling = cfg.get("auto_scale_lr") or {}
-    if scaling.get("enable"):
-        optimiser.optimizer.lr *= loader.batch_size / scaling.base_batch_size
-        scaling.enable = False
+    follow_batch(cfg)
     if training.amp is not None:
         for key in ("loss_scale", "dtype"):
             optimiser.pop(key, None)
@@ -184,6 +182,8 @@ def _set_batches(cfg: Config, training: TrainingSpec) -> None:
             float16=dict(type="AmpOptimWrapper", dtype="float16"),
         )
         optimiser.update(kinds[training.amp])
+    if optimiser.get("clip_grad") is None:
+        optimiser.clip_grad = dict(max_norm=_CLIP_NORM, norm_type=2)
     cfg.model_wrapper_cfg = dict(
         type="DistributedDistiller", find_unused_parameters=cfg.get("find_unused_parameters", False)
     )
@@ -202,7 +202,11 @@ def training_images(cfg: Config, recipe: Recipe, train: Annotations) -> dict[str
     if dataset is None:
         raise RecipeError("student.config: train_dataloader.dataset has no data set with an ann_file.")
     left_out = dataset.get("filter_cfg", dict(filter_empty_gt=True, min_size=32))
-    _refuse_no_images(train, left_out or {})
+    if not _let_through(train, left_out).any():
+        raise RecipeError(
+            f"dataset.train: the student's config leaves out every image (filter_cfg {left_out}: without objects, or too small). "
+            "To train on them: student.cfg_options: {train_dataloader.dataset.filter_cfg: {filter_empty_gt: false, min_size: 0}}"
+        )
     return dict(
         type="CocoDataset",
         metainfo=dict(classes=train.classes),
@@ -214,25 +218,25 @@ def training_images(cfg: Config, recipe: Recipe, train: Annotations) -> dict[str
     )
 
 
-def _refuse_no_images(train: Annotations, left_out: dict[str, Any]) -> None:
-    large = np.minimum(train.images.widths, train.images.heights) >= left_out.get("min_size", 0)
-    if not (large & train.labelled if left_out.get("filter_empty_gt") else large).any():
-        raise RecipeError(
-            f"dataset.train: the student's config leaves out every image (filter_cfg {left_out}: without objects, or too small). "
-            "To train on them: student.cfg_options: {train_dataloader.dataset.filter_cfg: {filter_empty_gt: false, min_size: 0}}"
-        )
+def _let_through(train: Annotations, left_out: dict[str, Any] | None) -> npt.NDArray[np.bool_]:
+    """(n,) bool: the images of the annotation file that are trained on, as mmdet's CocoDataset finds them."""
+    rules = left_out or {}
+    large = np.minimum(train.images.widths, train.images.heights) >= rules.get("min_size", 0)
+    return large & train.labelled if rules.get("filter_empty_gt") else large
 
 
 def _set_evaluation(cfg: Config, recipe: Recipe) -> None:
-    chosen = recipe.views.evaluation_scale
+    factor = recipe.student.input_scale
+    scale = tuple(max(1, round(side * factor)) for side in recipe.views.evaluation_scale)
     classes = cfg.train_dataloader.dataset.dataset.metainfo
     loaders = (cfg.val_dataloader, cfg.test_dataloader)
     # both are read before one is changed: a config may name one loader twice
     found = [next(d["pipeline"] for d in nested(plain_dict(one.dataset)) if "pipeline" in d) for one in loaders]
     for loader, test_pipeline in zip(loaders, found, strict=True):
         for transform in test_pipeline:
-            if transform["type"] == "Resize":
-                transform["scale"] = _reduced(chosen or transform.get("scale"), recipe.student.input_scale)
+            if kind(transform["type"]) in ("Resize", "FixScaleResize"):
+                transform.pop("scale_factor", None)
+                transform |= dict(scale=scale, keep_ratio=True)  # as views are resized
         loader.dataset = dict(
             type="CocoDataset",
             metainfo=classes,
@@ -245,12 +249,6 @@ def _set_evaluation(cfg: Config, recipe: Recipe) -> None:
         )
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         evaluator.ann_file = recipe.dataset.val.ann_file
-
-
-def _reduced(scale: Sequence[int] | None, factor: float) -> tuple[int, ...]:
-    if scale is None:
-        raise RecipeError("student.config: its test pipeline has a Resize without a scale.")
-    return tuple(scale) if factor == 1 else tuple(max(1, round(side * factor)) for side in scale)
 
 
 def _load_targets(recipe: Recipe, stage: int, cached: GroupInfo) -> dict[str, Any]:
@@ -279,36 +277,6 @@ def _suit_loader(cfg: Config, recipe: Recipe) -> None:
     loader = cfg.train_dataloader
     if "://" in recipe.cache.uri and loader.get("num_workers", 0):
         loader.multiprocessing_context = "forkserver"  # the client of an object storage does not survive a fork
-
-
-def _set_schedule(cfg: Config, spec: StageSpec, train: Annotations) -> None:
-    before = cfg.train_cfg.get("max_epochs")
-    if before is None:
-        raise RecipeError("student.config: its training is not counted in epochs (train_cfg.max_epochs).")
-    cfg.train_cfg = dict(
-        type="ResumableEpochLoop", max_epochs=spec.epochs, val_interval=cfg.train_cfg.get("val_interval", 1)
-    )
-    ratio = spec.epochs / before
-    images = train.images.ids.size
-    iterations = spec.epochs * max(1, images // cfg.train_dataloader.batch_size)
-    for scheduler in cfg.param_scheduler:
-        if not scheduler.get("by_epoch", True):
-            scheduler.end = min(scheduler.get("end", iterations), max(1, int(iterations * _WARM_UP_SHARE)))
-            continue
-        for key in ("begin", "end", "T_max"):
-            if key in scheduler:
-                scheduler[key] = round(scheduler[key] * ratio)
-        if "T_max" in scheduler:
-            scheduler.T_max = max(1, scheduler.T_max)
-        if "milestones" in scheduler:
-            # in a short stage the last decay must not fall behind its end
-            last = max(1, spec.epochs - 1)
-            scheduler.milestones = [min(round(m * ratio), last) for m in scheduler.milestones]
-    # of a long training a part may last no epoch of a short one
-    cfg.param_scheduler = [one for one in cfg.param_scheduler if one.get("end", math.inf) > one.get("begin", 0)]
-    cfg.optim_wrapper.setdefault("clip_grad", None)
-    if cfg.optim_wrapper.clip_grad is None:
-        cfg.optim_wrapper.clip_grad = dict(max_norm=_CLIP_NORM, norm_type=2)
 
 
 def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInfo], targets: TargetSource) -> None:
@@ -347,7 +315,8 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInf
             )
         distiller["teachers"][info.teacher] = given
     if stage == 1 and recipe.inherit_from is not None:
-        distiller["inherit_from"] = recipe.teachers[recipe.inherit_from].checkpoint
+        distiller["inherit_from"] = inherited = recipe.teachers[recipe.inherit_from].checkpoint
+        refuse_other_order(inherited, cfg.train_dataloader.dataset.dataset.metainfo["classes"], "student.inherit")
     cfg.model = distiller
 
 
@@ -356,12 +325,7 @@ def _set_visualizer(cfg: Config, folder: Path) -> None:
     visualizer = plain_dict(cfg.visualizer) if cfg.get("visualizer") else dict(type="DetLocalVisualizer")
     backends = visualizer.get("vis_backends") or []
     backends = [backends] if isinstance(backends, dict) else list(backends)
-    present = {_kind(backend["type"]) for backend in backends}
-    backends += [dict(type=kind) for kind in ("LocalVisBackend", "TensorboardVisBackend") if kind not in present]
+    present = {kind(backend["type"]) for backend in backends}
+    backends += [dict(type=name) for name in ("LocalVisBackend", "TensorboardVisBackend") if name not in present]
     # a process has one visualizer of a name: under a common one the second stage would write into the first one's folder
     cfg.visualizer = visualizer | dict(vis_backends=backends, name=str(folder))
-
-
-def _kind(given: Any) -> str:
-    """The name of a registered class, which a config gives bare, behind its scope (``mmdet.``), or as the class itself."""
-    return str(getattr(given, "__name__", given)).rpartition(".")[2]

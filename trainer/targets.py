@@ -117,6 +117,22 @@ def assemble(batch: Sequence[TeacherMaps], level: str, size: tuple[int, int]) ->
     return maps, valid
 
 
+def own_maps(own: Sequence[tuple[int, int]], size: Sequence[int], device: torch.device) -> Tensor:
+    """Where the images' own maps lie in a batch's.
+
+    Args:
+        own: per image rows and columns of its own map.
+        size: rows and columns of the batch's.
+
+    Returns:
+        (N, 1, H, W) bool.
+    """
+    inside = torch.zeros(len(own), 1, *size, dtype=torch.bool, device=device)
+    for n, (rows, columns) in enumerate(own):
+        inside[n, :, :rows, :columns] = True
+    return inside
+
+
 def pool_student(maps: Tensor, own: Sequence[tuple[int, int]], window: int) -> Tensor:
     """Average a student's maps as the teacher's stored ones were: over windows, and in each image's own map only.
 
@@ -129,7 +145,5 @@ def pool_student(maps: Tensor, own: Sequence[tuple[int, int]], window: int) -> T
     """
     if window == 1:
         return maps
-    inside = torch.zeros_like(maps[:, :1])
-    for n, (rows, columns) in enumerate(own):
-        inside[n, :, :rows, :columns] = 1
+    inside = own_maps(own, maps.shape[-2:], maps.device).to(maps.dtype)
     return pool(maps * inside, window) / pool(inside, window).clamp(min=1e-6)

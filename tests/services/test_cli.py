@@ -74,6 +74,7 @@ def test_plan_prints_exact_numbers_and_writes_nothing(data: Path, tmp_path: Path
     assert "20 images x 2 views = 40 rows, 40 to compute" in text.stdout
     assert "), no detections" in text.stdout
     assert "), and detections" in text.stdout
+    assert text.stdout.count("note: the student's learning rate of 0.01 is for 16 samples a step") == 1
 
 
 def test_a_fault_of_the_user_is_one_message_and_exit_code_1(data: Path, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import torch
 from mmdet.registry import MODELS
 from torch import nn
 
-from cache import TeacherLoadError
+from cache import RecipeError, TeacherLoadError
 from tests import models
-from trainer.checkpoint import inherit, read_weights
+from trainer.checkpoint import inherit, read_classes, read_weights, save_student
 from trainer.config import load_config
 
 
@@ -85,3 +85,34 @@ def test_a_cascade_gives_its_first_stage_and_its_regressor_to_every_class(classe
     assert torch.equal(head.fc_reg.bias.reshape(classes, 4), torch.arange(4.0).expand(classes, 4))
     assert (head.shared_fcs[0].weight == 1).all()
     assert ((head.fc_cls.weight == 1).all().item()) == (classes == 6)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_names_of_classes_are_read_as_each_mmdet_wrote_them_and_nothing_is_run(
+    tmp_path: Path, zipped: bool
+) -> None:
+    evil, file = Evil(tmp_path / "ran"), tmp_path / "x.pth"
+    metas = {
+        ("a", "b"): {"dataset_meta": {"classes": ("a", "b"), "palette": evil}, "cfg": evil, "time": evil},
+        ("b", "a"): {"dataset_meta": {"CLASSES": ["b", "a"]}},
+        ("c",): {"CLASSES": ("c",), "mmdet_version": "2.28.2"},
+    }
+    for nothing in ({"dataset_meta": {"classes": evil}}, {"CLASSES": [evil]}, {"dataset_meta": evil}, evil, None, {}):
+        metas[len(metas)] = nothing
+    for expected, meta in metas.items():
+        content = {"state_dict": {"a": torch.ones(2)}, "meta": meta, "optimizer": {"state": {0: torch.ones(3)}}}
+        torch.save(content, file, _use_new_zipfile_serialization=zipped)
+        assert read_classes(file, "k") == (expected if isinstance(expected, tuple) else None)
+    torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=zipped)
+    assert read_classes(file, "k") is None
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_student_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    student = nn.BatchNorm2d(2)
+    student.running_var[1] = torch.inf
+    with pytest.raises(
+        RecipeError, match=r"x\.pth: not written: 1 of the student's weights are not finite \(running_var"
+    ):
+        save_student(student, tmp_path / "x.pth", ("a",))
+    assert not list(tmp_path.iterdir())

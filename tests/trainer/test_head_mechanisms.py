@@ -1,9 +1,11 @@
 """Mechanisms on heads against computations that loop over positions, on real small detectors and images of two sizes."""
 
+import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox_overlaps
 from mmdet.structures.mask import BitmapMasks
+from mmengine.logging import MMLogger
 from mmengine.structures import InstanceData
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
@@ -53,6 +56,8 @@ DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_RESNET, **_HEAD, "model.bbox_head.loss_cls": {"_delete_": True, "type": "CrossEntropyLoss"}},
     ),
     "mask-rcnn": SMALL["mask-rcnn-r18"],
+    "paa": ("mmdet::paa/paa_r50_fpn_1x_coco.py", _NORMED),
+    "gfl-one": ("mmdet::gfl/gfl_r50_fpn_1x_coco.py", {**_NORMED, "model.bbox_head.num_classes": 1}),
 }
 DENSE = ("retinanet", "gfl", "atss", "fcos", "reppoints")
 
@@ -230,6 +235,28 @@ def test_softmax_heads_rank_by_their_foreground_and_are_matched_by_kl() -> None:
     assert dense.logits.shape == (15, CLASSES + 1)
     assert (foreground.diff() <= 0).all()
     assert DenseLogitLoss(LEVELS, LEVELS)(batch) == DenseLogitLoss(LEVELS, LEVELS, mode="kl")(batch)
+
+
+def test_of_one_class_the_class_part_of_ld_is_nothing_which_is_logged_once() -> None:
+    student, teacher = detector("gfl-one"), detector("gfl-one", seed=1)
+    for mechanism in (DenseLogitLoss(LEVELS, LEVELS), LDLoss(LEVELS, LEVELS)):
+        mechanism.refuse_unfit(student, teacher)
+    DenseLogitLoss(LEVELS, LEVELS).refuse_unfit(detector("paa"), detector("atss"))  # asks for no positives
+    batch = step(student, teacher)
+    for sample in batch.samples:
+        sample.gt_instances.labels[:] = 0
+    told: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = told.append
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    try:
+        classes = LDLoss(LEVELS, LEVELS, ld_weight=0.0)
+        assert classes(batch) == classes(batch) == 0
+    finally:
+        logger.removeHandler(handler)
+    assert [record.levelname for record in told] == ["WARNING"]
+    assert LDLoss(LEVELS, LEVELS)(batch) > 0
 
 
 def test_dense_logits_outside_of_the_students_map_are_left_out() -> None:
@@ -590,10 +617,22 @@ def test_gradients_reach_the_student_alone_and_following_them_lowers_the_loss(ca
         (LDLoss, "gfl", "fcos", "LDLoss: the teacher gives 4 box terms a position, the student 4 x .* = 68"),
         (CrossKDLoss, "reppoints", "reppoints", "CrossKDLoss: a RepPointsHead is none of RetinaHead"),
         (CrossKDLoss, "atss", "gfl", "CrossKDLoss: the student has a ATSSHead, the teacher a GFLHead"),
+        (
+            CrossKDLoss,
+            "paa",
+            "atss",
+            "CrossKDLoss: student: a PAAHead finds its positives in another way than a ATSSHead",
+        ),
+        (
+            partial(DenseLogitLoss, mode="kl"),
+            "gfl-one",
+            "gfl-one",
+            r"DenseLogitLoss\.mode: kl .* Take qfl, the default",
+        ),
         (DetectionLoss, "mask-rcnn", "retinanet", "DetectionLoss: the student learns masks, the teacher gives none"),
     ],
 )
-def test_heads_that_do_not_fit_are_refused(kind: type, student: str, teacher: str, message: str) -> None:
+def test_heads_that_do_not_fit_are_refused(kind: Any, student: str, teacher: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         kind(LEVELS, LEVELS).refuse_unfit(detector(student), detector(teacher))
 
@@ -624,6 +663,27 @@ def test_other_anchors_scales_or_depths_are_refused() -> None:
         DenseLogitLoss(LEVELS, LEVELS, box_weight=1.0).refuse_unfit(detector("gfl"), detector("fcos"))
     with pytest.raises(RecipeError, match="P3 of the teacher is stored pooled"):
         CrossKDLoss(LEVELS, (Level("P3", 16, 8, 2), *LEVELS[1:]))
+
+
+@pytest.mark.parametrize(
+    ("neck", "refused"),
+    [
+        ({}, None),  # a plain pyramid puts out its convolutions' maps as they are
+        ({"model.neck.norm_cfg": {"type": "BN"}}, "P3, P4, P5, P6, P7"),
+        ({"model.neck.type": "PAFPN"}, "P4, P5"),
+    ],
+)
+def test_maps_that_the_teachers_head_does_not_read_are_refused(neck: dict[str, Any], refused: str | None) -> None:
+    config, options = DETECTORS["retinanet"]
+    master = MODELS.build(load_config(config, {**options, **neck}, "test").model)
+    crosskd, pupil = CrossKDLoss(LEVELS, LEVELS), detector("retinanet")
+    crosskd.refuse_unfit(pupil, master)
+    message = (
+        rf"CrossKDLoss: .* does not read what is captured on {refused}; capture the maps that it reads \(its neck\)"
+    )
+    with pytest.raises(RecipeError, match=message) if refused else nullcontext():
+        crosskd.refuse_unfit(pupil, master, [f"neck.fpn_convs.{k}.conv" for k in range(5)])
+    assert master.training
 
 
 def test_a_class_that_the_student_does_not_have_is_refused() -> None:

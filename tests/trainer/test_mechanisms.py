@@ -1,5 +1,7 @@
 """Feature matching, MGD and PKD against computations that loop over images and know no masks; pairing and checking."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -102,6 +104,28 @@ def test_a_mechanism_is_checked_by_name_and_arguments() -> None:
         check_mechanism({"type": "PKDLoss", "levels": "P3"})
     with pytest.raises(ValueError, match=r"mode: .*'qfl' or 'kl'"):
         check_mechanism({"type": "DenseLogitLoss", "mode": "mse"})
+    bounds = {
+        ("MGDLoss", "mask_ratio", 65): "less than 1",
+        ("MGDLoss", "loss_weight", -6): "greater than or equal to 0",
+        ("PKDLoss", "loss_weight", float("nan")): "finite number",
+        ("PKDLoss", "levels", ()): "at least 1 item",
+        ("CWDLoss", "tau", 0): "greater than 0",
+        ("CWDLoss", "tau", "inf"): "finite number",
+        ("FGDLoss", "temp", 0): "greater than 0",
+        ("FGDLoss", "gamma_fgd", -1e-3): "greater than or equal to 0",
+        ("FBKDLoss", "nonlocal_weight", float("inf")): "finite number",
+        ("DenseLogitLoss", "temperature", 0): "greater than 0",
+        ("DetectionLoss", "score_threshold", 50): "less than or equal to 1",
+        ("DetectionLoss", "score_threshold", float("nan")): "",
+        ("LDLoss", "kd_temperature", -1): "greater than 0",
+        ("CrossKDLoss", "ctr_weight", -1): "greater than or equal to 0",
+        ("CrossKDLoss", "reused_teacher_head_idx", -1): "greater than or equal to 0",
+    }
+    for (kind, name, value), what in bounds.items():
+        with pytest.raises(ValueError, match=rf"^{kind}\.{name}: .*{what}.* \(got {re.escape(repr(value))}\)$"):
+            check_mechanism({"type": kind, name: value})
+    ends = {"loss_weight": 0.0, "score_threshold": 1.0}
+    assert check_mechanism({"type": "DetectionLoss", **ends}) == {"type": "DetectionLoss", **ends}
     with pytest.raises(ValueError, match=r"'PKD' is not a mechanism; there are CWDLoss, .*PKDLoss"):
         check_mechanism({"type": "PKD"})
     with pytest.raises(ValueError, match="no argument 'weight'; it has loss_weight, levels"):

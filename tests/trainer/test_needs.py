@@ -3,7 +3,8 @@
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from cache import GroupInfo, RecipeError, StaleCacheError, TeacherCache, open_st
 from tests import models
 from tests.trainer import precompute
 from trainer import (
+    CLASSES,
     Batch,
     LoadTeacherTargets,
     OrderRows,
@@ -22,6 +24,7 @@ from trainer import (
     open_stage,
     parse_recipe,
     read_annotations,
+    refuse_other_classes,
     stage_config,
 )
 from trainer.groups import teacher_info
@@ -75,12 +78,39 @@ def test_the_levels_that_the_mechanisms_match_are_stored_and_no_others(content, 
     [
         ("mask", {"type": "CrossKDLoss"}, "CrossKDLoss: teacher: .* has no dense head"),
         ("small", {"type": "LDLoss"}, "the student's RetinaHead gives boxes, not distributions"),
+        ("bare", {"type": "CrossKDLoss"}, r"does not read what is captured on P3, P4, .* \(its neck\)"),
     ],
 )
 def test_a_teacher_whose_head_does_not_fit_is_refused_before_it_is_run(content, teacher, mechanism, message) -> None:
+    small, bare = content["teachers"]["small"], [f"neck.fpn_convs.{k}.conv" for k in range(5)]
+    normed = {**small["cfg_options"], "model.neck.norm_cfg": {"type": "BN"}}
+    content["teachers"]["bare"] = {**small, "capture": bare, "cfg_options": normed}
     recipe = parse_recipe({**content, "stages": stages(mechanism, teacher=teacher)}, "test")
     with pytest.raises(RecipeError, match=message):
         teacher_info(recipe, teacher)
+
+
+def test_a_checkpoint_of_the_same_classes_in_another_order_is_refused(content, tmp_path: Path) -> None:
+    file = tmp_path / "named.pth"
+    weights = torch.load(content["teachers"]["small"]["checkpoint"])
+    content["teachers"]["small"]["checkpoint"] = str(file)
+    turned = (*CLASSES[1:], CLASSES[0])
+    refused = rf"named\.pth: its classes are {', '.join(turned)}; .* in another order, {', '.join(CLASSES)}, "
+    recipes = [
+        (f"teachers.small.checkpoint: .*{refused}", {**content, "stages": stages({"type": kind}, teacher="small")})
+        for kind in ("DetectionLoss", "CrossKDLoss", "DenseLogitLoss")
+    ]
+    heir = {**content, "student": {**content["student"], "inherit": "small"}, "stages": [{"epochs": 1}]}
+    for names in (CLASSES, tuple("abcdef"), turned):
+        torch.save({**weights, "meta": {"dataset_meta": {"classes": names}}}, file)
+        calls = [(message, partial(teacher_info, parse_recipe(given, "test"), "small")) for message, given in recipes]
+        calls.append((f"student.inherit: .*{refused}", partial(stage_config, parse_recipe(heir, "test"), 1)))
+        calls.append((refused, partial(refuse_other_classes, parse_recipe(heir, "test"), "small")))
+        for message, call in calls:
+            with pytest.raises(RecipeError, match=message) if names == turned else nullcontext():
+                call()
+    # of features alone the order of classes does not matter
+    teacher_info(parse_recipe({**content, "stages": stages({"type": "PKDLoss"}, teacher="small")}, "test"), "small")
 
 
 def test_what_a_larger_recipe_stored_serves_a_smaller_one(content) -> None:

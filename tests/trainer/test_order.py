@@ -175,16 +175,57 @@ def test_a_map_stored_pooled_is_compared_on_its_own_grid(tmp_path: Path, precisi
     assert costs["pooled", "whole"].value > 0.5  # three of four directions of a window are gone
 
 
+# half of the distance of two neighbouring values is 0.0005, 0.004 and 0.08 of them
+@pytest.mark.parametrize(
+    ("precision", "weak", "cost"), [("float16", 2e-3, 0.01), ("int8", 0.01, 0.1), ("int4", 0.2, 0.2)]
+)
+def test_a_level_counts_as_constant_where_it_varies_less_than_its_precision_resolves(
+    tmp_path: Path, precision: str, weak: float, cost: float
+) -> None:
+    a, offset = noise("a", 4), torch.tensor([0, 7, 0.1, 5])[:, None, None]
+
+    def flat(level: Level, *where: int) -> Tensor:
+        still = torch.zeros_like(a(level, *where)) + offset
+        still[3] += 1e-4 * a(level, *where)[3]
+        return a(level, *where) if level.name == "P3" else still
+
+    def varying(level: Level, *where: int) -> Tensor:
+        return offset * (1 + weak * a(level, *where))
+
+    caches = {
+        "a": write(tmp_path, "a", a, 4),
+        "flat": write(tmp_path, "flat", flat, 4, precision=precision),
+        "weak": write(tmp_path, "weak", varying, 4, precision=precision),
+        "nothing": write(tmp_path, "nothing", flat, 4, levels=(("P4", 16, 1),), precision=precision),
+    }
+    compared = {name: caches[name] for name in ("a", "flat", "weak")}
+    for positions in (None, 6):
+        costs = adaptation_costs(compared, ROWS, positions=positions)
+        assert set(costs["a", "flat"].levels) == {"P3"}
+        assert costs["a", "flat"].variance == {"P3": 1.0}
+        assert set(costs["a", "weak"].levels) == {"P3", "P4"}
+        assert costs["a", "weak"].value < cost
+        # what is constant says nothing of what is not
+        assert costs["flat", "weak"].levels["P4"] == pytest.approx(1, abs=0.1)
+        with pytest.raises(RecipeError, match="features of nothing are the same everywhere"):
+            adaptation_costs({"a": caches["a"], "nothing": caches["nothing"]}, ROWS, positions=positions)
+
+
 def test_models_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
     caches = {
         "a": write(tmp_path, "a", noise("a", 2), 2, levels=(("P3", 8, 1),)),
         "b": write(tmp_path, "b", noise("b", 2), 2, levels=(("P4", 16, 1),)),
-        "flat": write(tmp_path, "flat", lambda *_: torch.ones(2, 16, 16), 2, levels=(("P3", 8, 1),)),
     }
     with pytest.raises(RecipeError, match="a and b have no level of equal stride"):
-        adaptation_costs({"a": caches["a"], "b": caches["b"]}, ROWS)
-    with pytest.raises(RecipeError, match="features of flat are the same everywhere"):
-        adaptation_costs({"a": caches["a"], "flat": caches["flat"]}, ROWS)
+        adaptation_costs(caches, ROWS)
+
+
+def test_channels_that_say_the_same_are_solved_with_the_least_ridge(data: Path, tmp_path: Path) -> None:
+    a = noise("a", 2)
+    twice = {"a": write(tmp_path, "a", linear(a, torch.eye(2)[[0, 0, 1]]), 3), "b": write(tmp_path, "b", a, 2)}
+    assert adaptation_costs(twice, ROWS, ridge=1e-12)["a", "b"].value < 1e-5
+    with pytest.raises(RecipeError, match=r"order\.ridge: .*greater than or equal to 0\.000000000001"):
+        parse_recipe(models.recipe(data, tmp_path) | {"order": {"ridge": 1e-30}}, "test")
 
 
 def test_rows_are_split_by_image_and_do_not_depend_on_the_order_of_images() -> None:

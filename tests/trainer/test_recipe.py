@@ -36,7 +36,12 @@ def edited(content: dict, key: str, value: object) -> dict:
         (
             "stages.1.mechanisms",
             [{"type": "MGDLoss", "loss_weight": "much"}],
-            r"stages\.1\.mechanisms\.1: loss_weight: .*number",
+            r"stages\.1\.mechanisms\.1: MGDLoss\.loss_weight: .*number",
+        ),
+        (
+            "stages.2.mechanisms",
+            [{"type": "PKDLoss"}, {"type": "CWDLoss", "tau": 0}],
+            r"stages\.2\.mechanisms\.2: CWDLoss\.tau: .*greater than 0 \(got 0\)",
         ),
         (
             "stages",

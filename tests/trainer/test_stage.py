@@ -7,19 +7,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from mmdet.apis import inference_detector, init_detector
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cache import CorruptShardError, MissingRowsError, RecipeError, StaleCacheError
 from tests import models
 from tests.trainer import precompute
-from trainer import latest_checkpoint, open_stage, parse_recipe, stage_config, stage_dir, train_stage
-from trainer.checkpoint import read_weights
+from trainer import Batch, latest_checkpoint, open_stage, parse_recipe, stage_config, stage_dir, train_stage
+from trainer.checkpoint import not_finite, read_weights
+from trainer.mechanisms import MECHANISMS, PKDLoss
 
 TOLERANCE = 2e-3  # relative; float16 keeps 11 bits of each feature, and an optimiser step adds to the difference
 
@@ -201,6 +205,9 @@ def test_a_stage_that_is_done_is_not_trained_again_and_another_recipe_is_refused
     more = recipe.model_copy(update={"teachers": teachers})
     assert open_stage(more, 1)[1] == results[0], "of the same targets"
     assert stage_config(more, 1, "online").model == stage_config(recipe, 1, "online").model
+    options = recipe.student.cfg_options | {"auto_scale_lr.base_batch_size": 4}  # the rate itself stays what it was
+    student = recipe.student.model_copy(update={"cfg_options": options})
+    assert train_stage(recipe.model_copy(update={"student": student}), 1) == results[0]
     longer = recipe.model_copy(
         update={"stages": (recipe.stages[0].model_copy(update={"epochs": 3}), *recipe.stages[1:])}
     )
@@ -276,3 +283,44 @@ def test_a_stage_killed_and_started_again_ends_as_an_undisturbed_one(data: Path,
     assert result.metrics == expected.metrics
     a, b = (read_weights(r.student, "test") for r in (expected, result))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@MECHANISMS.register_module()
+class BurstLoss(PKDLoss):
+    """Not finite in one step."""
+
+    steps = 0
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        self.steps += 1
+        return super().loss(batch) * (torch.inf if self.steps == 7 else 1)
+
+
+@OPTIM_WRAPPERS.register_module()
+class SkippingOptimWrapper(OptimWrapper):
+    """Skips a step whose loss is not finite, as the loss scaling of float16 does, which needs a GPU."""
+
+    def update_params(self, loss: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        if loss.isfinite():
+            super().update_params(loss, *arguments, **options)
+
+
+def test_weights_that_are_not_finite_end_a_stage_and_are_written_nowhere_but_a_skipped_step_does_no_harm(
+    data: Path, tmp_path: Path
+) -> None:
+    content = models.recipe(data, tmp_path)
+    content["stages"] = [{"teacher": "small", "mechanisms": [{"type": "PKDLoss"}, {"type": "BurstLoss"}], "epochs": 2}]
+    recipe = parse_recipe(content, "test")
+    precompute.fill(recipe, "small")
+    folder = stage_dir(recipe, 1)
+    where = r"^stage-1, epoch 2: after step 10 of 10 .* weights are not finite .*; the first losses .*: loss_BurstLoss in step 7"
+    with pytest.raises(RecipeError, match=rf"{where}\. {folder}/iter_5\.pth is from before"):
+        train_stage(recipe, 1)
+    assert not {"student.pth", "result.json"} & {file.name for file in folder.iterdir()}
+    (kept,) = folder.glob("iter_*.pth")
+    assert not not_finite(read_weights(kept, "test"))
+    content["student"]["cfg_options"]["optim_wrapper.type"] = "SkippingOptimWrapper"
+    content["work_dir"] = str(tmp_path / "skipping")
+    content["training"] = {"checkpoint_steps": 7}
+    result = train_stage(parse_recipe(content, "test"), 1)
+    assert not not_finite(read_weights(result.student, "test"))

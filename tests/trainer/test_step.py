@@ -1,5 +1,6 @@
 """What micro-batches cannot do is refused, with the key; and how sums over them come about."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from mmdet.registry import MODELS
 from cache import RecipeError
 from tests import models
 from tests.trainer.workers import train
-from trainer import parse_recipe, parts, stage_config
+from trainer import batch_note, parse_recipe, parts, stage_config
 from trainer.config import load_config
 from trainer.student_losses import sum_over_parts
+
+ROOT = Path(__file__).parents[2]
 
 
 def _alone(data: Path, folder: Path, student: str, training: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -95,3 +98,36 @@ def test_a_learning_rate_that_follows_the_batch_counts_it_once(data: Path, tmp_p
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(0.01 * 8 / 16)
     assert not cfg.auto_scale_lr.enable
     assert cfg.train_dataloader.batch_size == cfg.model.batch_size == 8
+    content["student"]["cfg_options"]["auto_scale_lr.base_batch_size"] = None
+    with pytest.raises(RecipeError, match=r"auto_scale_lr\.enable: .*\{auto_scale_lr\.base_batch_size: 16\}"):
+        stage_config(parse_recipe(content, "test"), 1)
+
+
+@pytest.mark.parametrize(
+    ("training", "options", "noted"),
+    [
+        ({}, {}, "rate of 0.01 is for 16 samples a step .* steps have 4: set training.batch_size: 16, or "),
+        ({"batch_size": 32}, {}, "steps have 32"),
+        ({"batch_size": 16}, {}, None),
+        ({}, {"auto_scale_lr.enable": True}, None),
+        ({}, {"optim_wrapper.optimizer.lr": 0.0025}, None),
+        ({}, {"auto_scale_lr": None}, None),
+    ],
+)
+def test_steps_that_the_learning_rate_is_not_made_for_are_noted(
+    data: Path, tmp_path: Path, training: dict[str, Any], options: dict[str, Any], noted: str | None
+) -> None:
+    note = batch_note(parse_recipe(_alone(data, tmp_path, "retinanet-r18", training, **options), "test"))
+    assert note is None if noted is None else re.search(noted, note)
+
+
+def test_the_projects_own_configs_say_what_their_learning_rates_are_made_for(data: Path, tmp_path: Path) -> None:
+    for config in (
+        "recipes/demo/retinanet_r18_w16.py",
+        "benchmarks/configs/gfl_r18.py",
+        "benchmarks/configs/retinanet_swin.py",
+    ):
+        student = {"config": str(ROOT / config)}
+        content = models.recipe(data, tmp_path) | {"student": student, "stages": [{"epochs": 1}]}
+        assert batch_note(parse_recipe(content, "test")) is None
+        assert batch_note(parse_recipe(content | {"training": {"batch_size": 4}}, "test"))

@@ -1,6 +1,7 @@
-"""Sampled views replayed for teacher and student; a student at reduced scale; several scales; schedules."""
+"""Sampled views replayed for teacher and student; a student at reduced scale; several scales."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from mmcv.transforms import BaseTransform
 from mmdet.registry import DATASETS, TRANSFORMS
 
-from cache import Images, RecipeError, SampledPolicy, TeacherCache, make_plan
+from cache import RecipeError, SampledPolicy, TeacherCache, make_plan
 from tests import models
 from tests.trainer import precompute
 from tests.trainer.test_stage import losses
@@ -28,10 +29,9 @@ from trainer import (
     teacher_info,
     train_stage,
 )
-from trainer.annotations import Annotations
+from trainer.evaluate import evaluation_loader
 from trainer.mechanisms import MECHANISMS
 from trainer.mechanisms.base import fit
-from trainer.stage_config import _set_schedule
 
 SIZE = [96, 128]
 CROP = [
@@ -94,9 +94,8 @@ def test_teacher_and_student_see_the_same_pixels(data: Path, tmp_path: Path, pip
     assert np.mean(different) > 0.9
 
 
-def test_boxes_and_masks_lie_on_the_pixels_of_their_objects(data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "white"
-    folder.mkdir()
+def white_view(folder: Path, pipeline: list, count: int) -> ApplySampledView:
+    """Views of a black image, 160 wide and 120 high, of one white object with a mask."""
     image = np.zeros((120, 160, 3), np.uint8)
     image[40:80, 60:110] = 255
     cv2.imwrite(str(folder / "a.png"), image)
@@ -107,10 +106,13 @@ def test_boxes_and_masks_lie_on_the_pixels_of_their_objects(data: Path, tmp_path
         "categories": [{"id": 1, "name": "white"}],
         "annotations": [{**annotation, "segmentation": [polygon]}],
     }
-    (tmp_path / "white.json").write_text(json.dumps(content))
-    record = dict(pipeline=CROP[:3], seed=0, pad=0, masks=True)
-    policy = SampledPolicy(12, (96, 128), record).to_json()
-    view = ApplySampledView(policy, str(tmp_path / "white.json"), str(folder))
+    (folder / "white.json").write_text(json.dumps(content))
+    policy = SampledPolicy(count, (120, 160), dict(pipeline=pipeline, seed=0, pad=0, masks=True))
+    return ApplySampledView(policy.to_json(), str(folder / "white.json"), str(folder))
+
+
+def test_boxes_and_masks_lie_on_the_pixels_of_their_objects(tmp_path: Path) -> None:
+    view = white_view(tmp_path, CROP[:3], 12)
     loaded, corners = view.load(1), set()
     for number in range(12):
         made = view.make(loaded, number)
@@ -122,6 +124,35 @@ def test_boxes_and_masks_lie_on_the_pixels_of_their_objects(data: Path, tmp_path
             assert np.abs(box - (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)).max() <= 1.5
         corners.add(tuple(box.round().tolist()))
     assert len(corners) > 8
+
+
+AWAY = {"prob": 1.0, "min_mag": 0.0, "max_mag": 1.0, "img_border_value": 0}
+
+
+def test_boxes_that_a_pipeline_leaves_without_area_are_dropped_with_all_that_is_theirs(tmp_path: Path) -> None:
+    space = [[{"type": kind, **AWAY}] for kind in ("TranslateX", "TranslateY")]
+    view = white_view(tmp_path, [{"type": "RandAugment", "aug_space": space, "aug_num": 2}], 40)
+    loaded, counts = view.load(1), []
+    for number in range(40):
+        made = view.make(loaded, number)
+        boxes = made["gt_bboxes"].tensor
+        assert (boxes[:, 2:] - boxes[:, :2] >= 1).all()
+        assert len(made["gt_bboxes_labels"]) == len(made["gt_ignore_flags"]) == len(made["gt_masks"]) == len(boxes)
+        assert made["gt_masks"].masks.any() == (made["img"] > 127).any() == (len(boxes) > 0)
+        counts.append(len(boxes))
+    assert 5 < sum(counts) < 35
+
+
+@pytest.mark.parametrize("student", ["retinanet-r18", "mask-rcnn-r18"])
+def test_images_that_a_pipeline_leaves_without_boxes_are_trained_on(data: Path, tmp_path: Path, student: str) -> None:
+    pipeline = [{"type": "Resize", "scale": [128, 96]}, {"type": "TranslateX", **AWAY}, {"type": "TranslateY", **AWAY}]
+    recipe = sampled(
+        data, tmp_path, pipeline, masks=student == "mask-rcnn-r18", student=student, stages=[{"epochs": 1}]
+    )
+    dataset = DATASETS.build(stage_config(recipe, 1).train_dataloader.dataset)
+    empty = [not len(dataset[item]["data_samples"].gt_instances) for item in range(len(dataset))]
+    assert 4 < sum(empty) < len(empty)
+    assert np.isfinite([list(step.values()) for step in losses(recipe, 1, "cache", 3, mixed=False)]).all()
 
 
 def test_a_cache_of_sampled_views_gives_the_losses_of_the_teacher_beside_the_student(
@@ -244,6 +275,19 @@ def test_each_fault_of_the_views_is_told(data: Path, tmp_path: Path, views: dict
         parse_recipe(models.recipe(data, tmp_path, views=views), "test")
 
 
+def test_students_are_evaluated_in_the_geometry_of_the_views(data: Path, tmp_path: Path) -> None:
+    content = models.recipe(data, tmp_path)
+    for loader in ("val", "test"):  # as SSD's
+        content["student"]["cfg_options"][f"{loader}_dataloader.dataset.pipeline.1.keep_ratio"] = False
+    views = {"sampled": {"pipeline": CROP, "count": 2, "size": [96, 160]}}
+    for given, scale in ((views, (160, 96)), ({"sampled": {**views["sampled"], "val_scale": [100, 80]}}, (100, 80))):
+        recipe = parse_recipe({**content, "views": given}, "test")
+        cfg = stage_config(recipe, 1, "online")
+        for loader in (cfg.val_dataloader, cfg.test_dataloader, evaluation_loader(recipe)):
+            resize = loader.dataset.pipeline[1]
+            assert (resize.type, tuple(resize.scale), resize.keep_ratio) == ("Resize", scale, True)
+
+
 FEATURES = [name for name, kind in MECHANISMS.module_dict.items() if kind.needs == {"features"}]
 
 
@@ -267,6 +311,31 @@ def test_a_student_at_half_scale_trains_against_targets_of_whole_views(data: Pat
     assert "Resize" not in [t["type"] for t in whole]
 
 
+@pytest.mark.parametrize("scale", [0.5, 0.7, 1.0])
+def test_what_a_small_student_has_in_the_padding_does_not_reach_its_pooled_maps(
+    data: Path, tmp_path: Path, scale: float
+) -> None:
+    content = models.recipe(data, tmp_path)
+    content["student"]["input_scale"] = scale
+    arguments = {k: v for k, v in stage_config(parse_recipe(content, "test"), 1, "online").model.items() if k != "type"}
+    distiller = Distiller(**{**arguments, "teachers": {"small": {"levels": {"P3": [16, 8, 2]}}}})
+    sizes = [(12, 16), (7, 9)]  # of the teacher's own maps before they are pooled
+    teachers = [LiveMaps({"P3": torch.rand(16, -(-h // 2), -(-w // 2))}, {"P3": (h, w)}) for h, w in sizes]
+    maps = torch.rand(2, 16, math.ceil(14 * scale), math.ceil(18 * scale))
+    outside = torch.ones_like(maps, dtype=torch.bool)
+    for n, (h, w) in enumerate(sizes):
+        outside[n, :, : math.ceil(h * scale), : math.ceil(w * scale)] = False
+    seen = []
+    for noise in (0.0, 1e3):
+        one = torch.where(outside, noise, maps).requires_grad_()
+        batch = distiller._batch("small", teachers, {"P3": one}, maps, [], {"features": ()})
+        seen.append(batch.maps["P3"] * batch.valid["P3"])
+        (gradient,) = torch.autograd.grad(seen[-1].sum(), one)
+        assert not gradient[outside].any()
+        assert gradient[:, :, :4, :5].all()
+    torch.testing.assert_close(*seen)
+
+
 @pytest.mark.parametrize("scale", [0.5, 0.7])
 def test_maps_of_a_small_student_line_up_with_the_teachers(data: Path, tmp_path: Path, scale: float) -> None:
     """A ramp of brightness, averaged over the cells of each level, must be the same ramp on both sides."""
@@ -282,7 +351,7 @@ def test_maps_of_a_small_student_line_up_with_the_teachers(data: Path, tmp_path:
     maps = {"P3": torch.nn.functional.avg_pool2d(student, 8)}
     teacher = LiveMaps({"P3": torch.nn.functional.avg_pool2d(ramp, 8)[0]}, {"P3": (24, 36)})
     batch = distiller._batch("small", [teacher], maps, ramp, [], {"features": ()})
-    ours, theirs = fit(batch.maps["P3"], batch.targets["P3"], batch.valid["P3"]), batch.targets["P3"]
+    ours, theirs = fit(batch.maps["P3"], batch.valid["P3"]), batch.targets["P3"]
     assert batch.valid["P3"].sum() == 24 * 36
     inner = (..., slice(2, 20), slice(2, 32))
     assert (ours - theirs)[inner].abs().max() <= 4  # pixels: half a cell of stride 8
@@ -298,28 +367,3 @@ def test_several_scales_train_from_the_cache(data: Path, tmp_path: Path) -> None
         assert a == pytest.approx(b, rel=2e-3)
     scales = [t["scale"] for t in stage_config(recipe, 1).val_dataloader.dataset.pipeline if t["type"] == "Resize"]
     assert scales == [(128, 96)]
-
-
-@pytest.mark.parametrize(("epochs", "milestones"), [(6, [4, 5]), (12, [8, 11]), (24, [16, 22]), (36, [24, 33])])
-def test_schedules_of_a_set_of_cocos_size_are_the_published_ones(
-    data: Path, tmp_path: Path, epochs: int, milestones: list[int]
-) -> None:
-    content = models.recipe(data, tmp_path)
-    content["stages"][0]["epochs"] = epochs
-    del content["student"]["cfg_options"]["train_dataloader.batch_size"]
-    content["training"] = {"batch_size": 16}  # eight GPUs with two images each
-    recipe = parse_recipe(content, "test")
-    cfg = stage_config(recipe, 1)
-    fresh = models.load_config(recipe.student.config, recipe.student.cfg_options, "test")
-    fresh.train_dataloader.batch_size = cfg.train_dataloader.batch_size
-    images = 117_266
-    column = np.full(images, 640)
-    coco = Annotations(
-        Images(np.arange(images), column, column, [""] * images), ("a",), True, np.ones(images, np.bool_)
-    )
-    _set_schedule(fresh, recipe.stages[0], coco)
-    warm_up, steps = fresh.param_scheduler
-    assert (warm_up.type, warm_up.start_factor, warm_up.begin, warm_up.end) == ("LinearLR", 0.001, 0, 500)
-    assert (steps.type, steps.milestones, steps.gamma, steps.end) == ("MultiStepLR", milestones, 0.1, epochs)
-    assert (cfg.optim_wrapper.optimizer.lr, cfg.optim_wrapper.optimizer.momentum) == (0.01, 0.9)
-    assert fresh.optim_wrapper.clip_grad == {"max_norm": 35.0, "norm_type": 2}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,10 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, case in cases.items():
         # R-CNNs take the best proposals: rounding may change which, from the second step on
         case["steps"] = 1 if "mask" in name else STEPS
+    lost = {**contents["micro-retinanet"], "stages": [{"epochs": 1}], "work_dir": str(folder / "lost")}
+    options = {**lost["student"]["cfg_options"], "optim_wrapper.optimizer.lr": 1e38}
+    lost["student"] = {**lost["student"], "cfg_options": options}
+    cases["lost"] = {"recipe": lost, "worlds": (2,), "steps": "all"}
     (folder / "cases.json").write_text(json.dumps(cases))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.trainer.workers", str(folder)]
@@ -110,6 +115,15 @@ def test_bfloat16_is_near_float32_and_shared_out_too(trained: Path) -> None:
     assert TOLERANCE < apart < ROUGH, name
     for name, value in exact["losses"][0].items():
         assert alone["losses"][0][name] == pytest.approx(value, rel=0.05), name
+
+
+def test_workers_that_lost_their_weights_end_together_and_write_nothing(trained: Path) -> None:
+    first, second = ((trained / f"lost-2-{rank}.txt").read_text() for rank in range(2))
+    assert first == second
+    assert re.match(
+        r"stage-1, epoch 1: after step 4 of 4 .*; the first losses .*: loss.* in step 2\. Nothing is written", first
+    )
+    assert not list((trained / "lost" / "stage-1").glob("*.pth"))
 
 
 def _difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[str, float]:

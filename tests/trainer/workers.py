@@ -1,9 +1,11 @@
 """One of several processes that train the same steps as a group of three, of two, and alone; see test_workers.py.
 
-``python -m tests.trainer.workers FOLDER RANK``: reads ``FOLDER/cases.json``, writes ``FOLDER/CASE-WORLD.pth``.
+``python -m tests.trainer.workers FOLDER RANK``: reads ``FOLDER/cases.json``, writes ``FOLDER/CASE-WORLD.pth``, or for a stage
+that ends in an error ``FOLDER/CASE-WORLD-RANK.txt``.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
 from torch import distributed as dist
 
-from trainer import parse_recipe, stage_config
+from cache import RecipeError
+from trainer import parse_recipe, stage_config, train_stage
 from trainer.mechanisms import draws
 
 WORLDS = (3, 2, 1)
@@ -53,6 +56,7 @@ class _Runnerless:
 
 def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
     cases = json.loads((folder / "cases.json").read_text())
     for world in WORLDS:
         if rank >= world:
@@ -62,6 +66,12 @@ def main(folder: Path, rank: int) -> None:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         for name, case in cases.items():
             if world not in case["worlds"]:
+                continue
+            if case["steps"] == "all":
+                try:
+                    train_stage(parse_recipe(case["recipe"], "test"), 1, launcher="pytorch")
+                except RecipeError as error:
+                    (folder / f"{name}-{world}-{rank}.txt").write_text(str(error))
                 continue
             result = train(case["recipe"], case["steps"], world)
             if rank == 0:

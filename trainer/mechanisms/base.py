@@ -3,18 +3,22 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from mmengine.registry import Registry
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from cache import DenseLevel, Detections, Level, RecipeError
 from trainer import parts
 
 Need = Literal["features", "dense", "detections", "head"]
+# what a recipe may give for an argument, see `check_mechanism`; a weight of 0 switches a part off
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LevelNames = Annotated[Sequence[str], Field(min_length=1)]
 MECHANISMS = Registry("distillation mechanism", locations=["trainer.mechanisms"])
 
 
@@ -68,7 +72,7 @@ class Mechanism(nn.Module):
 
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    def __init__(self, student: Sequence[Level], teacher: Sequence[Level], *, loss_weight: float) -> None:
+    def __init__(self, student: Sequence[Level], teacher: Sequence[Level], *, loss_weight: Weight) -> None:
         super().__init__()
         self.loss_weight = loss_weight
         self.pairs: dict[str, tuple[Level, Level]] = {}
@@ -87,11 +91,12 @@ class Mechanism(nn.Module):
         """What is worth a curve beside the loss, by name."""
         return {}
 
-    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module, capture: Sequence[str] = ("neck",)) -> None:
         """Refuse detectors that this mechanism cannot bring together, before a teacher is run.
 
         Args:
             student, teacher: the detectors, with any weights.
+            capture: modules of the teacher whose maps are its targets.
 
         Raises:
             RecipeError: what does not fit, and what would.
@@ -115,8 +120,8 @@ class LevelMechanism(Mechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float,
-        levels: Sequence[str] | None = None,
+        loss_weight: Weight,
+        levels: LevelNames | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight)
         self.pairs = pair(student, teacher, levels, type(self).__name__)
@@ -176,22 +181,21 @@ def position_softmax(values: Tensor, valid: Tensor) -> Tensor:
     return values.masked_fill(~valid, -torch.inf).flatten(2).softmax(dim=2).view_as(values)
 
 
-def fit(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+def fit(student: Tensor, valid: Tensor) -> Tensor:
     """The student's map at the teacher's size, bilinear where they differ (align_corners=False, as mmrazor).
 
     Only positions of each image's own map are mixed, so that what the student has in the padding cannot reach the edge.
 
     Args:
         student: (N, C, H, W).
-        teacher: (N, C_t, H', W').
-        valid: (N, 1, H', W') bool.
+        valid: (N, 1, H', W') bool, the images' own maps at the teacher's size.
     """
     size = student.shape[-2:]
-    if size == teacher.shape[-2:]:
+    if size == valid.shape[-2:]:
         return student
     inside = F.interpolate(valid.to(student.dtype), size, mode="nearest")
     both = torch.cat([student * inside, inside], dim=1)
-    resized = F.interpolate(both, teacher.shape[-2:], mode="bilinear", align_corners=False)
+    resized = F.interpolate(both, valid.shape[-2:], mode="bilinear", align_corners=False)
     return resized[:, :-1] / resized[:, -1:].clamp(min=1e-6)
 
 
@@ -202,7 +206,8 @@ def check_mechanism(spec: Mapping[str, Any]) -> dict[str, Any]:
         It, with numbers that were written as text (YAML takes ``2e-5`` for one) as numbers.
 
     Raises:
-        ValueError: an unknown type or argument, or a value of another kind; the message names what is known.
+        ValueError: an unknown type or argument, or a value of another kind or outside of its bounds; the message names what is
+            known.
     """
     known = MECHANISMS.get(str(spec.get("type")))
     if known is None:
@@ -222,7 +227,7 @@ def check_mechanism(spec: Mapping[str, Any]) -> dict[str, Any]:
         try:
             checked[name] = TypeAdapter(arguments[name]).validate_python(value)
         except ValidationError as error:
-            raise ValueError(f"{name}: {error.errors()[0]['msg']} (got {value!r})") from None
+            raise ValueError(f"{spec['type']}.{name}: {error.errors()[0]['msg']} (got {value!r})") from None
     return checked
 
 

@@ -4,19 +4,22 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Annotated
 
 import torch
 from mmdet.models.dense_heads import ATSSHead, FCOSHead, GFLHead, RetinaHead
 from mmdet.models.losses.iou_loss import giou_loss, iou_loss
 from mmdet.models.losses.kd_loss import knowledge_distillation_kl_div_loss
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cache import Level, RecipeError, level_name
 from trainer import parts
-from trainer.assignment import assign
+from trainer.assignment import assign, refuse_other_targets
+from trainer.capture import levels_of_the_head
 from trainer.dense import decode, dense_shape, flat_outputs, same_priors, strides
-from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism, pair
+from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism, Weight, pair
 from trainer.mechanisms.dense_logit import dense_heads, student_head
 from trainer.mechanisms.soft_targets import quality_focal
 
@@ -57,8 +60,9 @@ class CrossKDLoss(Mechanism):
             0.75, -; GFL 1, 4, -.
 
     Raises:
-        RecipeError: pooled levels; `refuse_unfit`: no dense head of these four families, a teacher's head of another family, with
-            other anchors, strides, classes, bins or channels, a level that the two do not have in common.
+        RecipeError: pooled levels; `refuse_unfit`: no dense head of these four families, a student that finds its positives in a
+            way of its own, a teacher's head of another family, with other anchors, strides, classes, bins or channels, a level
+            that the two do not have in common, captured maps that the teacher's head does not read.
     """
 
     needs = frozenset({"features", "head"})
@@ -68,11 +72,11 @@ class CrossKDLoss(Mechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 1.0,
-        reused_teacher_head_idx: int | None = None,
-        cls_weight: float | None = None,
-        reg_weight: float | None = None,
-        ctr_weight: float | None = None,
+        loss_weight: Weight = 1.0,
+        reused_teacher_head_idx: Annotated[int, Field(ge=0)] | None = None,
+        cls_weight: Weight | None = None,
+        reg_weight: Weight | None = None,
+        ctr_weight: Weight | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight)
         self.pairs = pair(student, teacher, None, type(self).__name__)
@@ -152,8 +156,9 @@ class CrossKDLoss(Mechanism):
             return self.index
         return max(0, theirs.stacked_convs - (2 if isinstance(theirs, FCOSHead) else 1))
 
-    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module, capture: Sequence[str] = ("neck",)) -> None:
         head, theirs = dense_heads(student, teacher, type(self).__name__)
+        refuse_other_targets(head, f"stages: {type(self).__name__}: student")
         kind = _family(head)
         index, names = self._reused(theirs), [level_name(stride) for stride in strides(theirs)]
         why = None
@@ -178,6 +183,11 @@ class CrossKDLoss(Mechanism):
             why = f"the teacher's head reads {', '.join(missing)} too, which is not among the levels that both have"
         elif any(self.pairs[name][1].channels != theirs.in_channels for name in names):
             why = f"the teacher's head reads {theirs.in_channels} channels; capture the maps that it reads (its neck)"
+        elif other := set(names) - levels_of_the_head(teacher, capture, "teachers.NAME.capture"):
+            why = (
+                f"the teacher's head does not read what is captured on {', '.join(sorted(other))}; capture the maps that it "
+                "reads (its neck)"
+            )
         elif any(ours.stride != told.stride for ours, told in self.pairs.values()):
             why = "the student sees its views at another scale than the teacher"
         if why is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cache import Level
 from trainer import parts
-from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, LevelNames, Temperature, Weight, fit
 
 
 @MECHANISMS.register_module()
@@ -29,16 +29,16 @@ class CWDLoss(LevelMechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 5.0,
-        tau: float = 1.0,
-        levels: Sequence[str] | None = None,
+        loss_weight: Weight = 5.0,
+        tau: Temperature = 1.0,
+        levels: LevelNames | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight, levels=levels)
         self.tau = tau
         self.align = self.adapters()
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
-        student = fit(self.align[level](student), teacher, valid)
+        student = fit(self.align[level](student), valid)
         ours, theirs = (_log_softmax(maps / self.tau, valid) for maps in (student, teacher))
         # outside both are minus infinity, whose difference is no number
         divergence = theirs.exp() * (theirs - ours).masked_fill(~valid.flatten(2), 0)

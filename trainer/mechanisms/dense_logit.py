@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cache import Level, RecipeError, level_name
 from trainer import parts
 from trainer.dense import check_dense, decode, dense_shape, family, flat_outputs, place, same_priors, strides
-from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelNames, Mechanism, Temperature, Weight
 from trainer.mechanisms.soft_targets import quality_focal
 
 
@@ -37,7 +37,8 @@ class DenseLogitLoss(Mechanism):
         levels: the levels to use; by default all that both heads have.
 
     Raises:
-        RecipeError: `refuse_unfit`: no dense head, other anchors or classes, no common level, with ``box_weight`` another family.
+        RecipeError: `refuse_unfit`: no dense head, other anchors or classes, no common level, with ``box_weight`` another family,
+            with ``mode: kl`` a single class logit.
     """
 
     needs = frozenset({"dense"})
@@ -47,11 +48,11 @@ class DenseLogitLoss(Mechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 1.0,
+        loss_weight: Weight = 1.0,
         mode: Literal["qfl", "kl"] | None = None,
-        temperature: float = 10.0,
-        box_weight: float = 0.0,
-        levels: Sequence[str] | None = None,
+        temperature: Temperature = 10.0,
+        box_weight: Weight = 0.0,
+        levels: LevelNames | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight)
         if mode not in (None, "qfl", "kl"):
@@ -92,7 +93,7 @@ class DenseLogitLoss(Mechanism):
             )
         return loss
 
-    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module, capture: Sequence[str] = ("neck",)) -> None:
         ours, theirs = dense_heads(student, teacher, type(self).__name__)
         names, known = ([level_name(stride) for stride in strides(head)] for head in (ours, theirs))
         used = [name for name in names if name in known] if self.levels is None else self.levels
@@ -102,6 +103,11 @@ class DenseLogitLoss(Mechanism):
                 f"{', '.join(known)}; name levels that both have."
             )
         refuse_other_positions(ours, theirs, used, type(self).__name__)
+        if self.mode == "kl" and dense_shape(ours)[1] == 1:
+            raise RecipeError(
+                "stages: DenseLogitLoss.mode: kl compares softmaxes over the class logits; with one class and sigmoid there is "
+                "one, whose softmax is 1 on both sides, and the loss is 0. Take qfl, the default."
+            )
         if self.box_weight and family(ours) is not family(theirs):
             raise RecipeError(
                 f"stages: DenseLogitLoss.box_weight: boxes of a {type(theirs).__name__} are not read as those of the student's "

@@ -1,7 +1,7 @@
 """Detection-level distillation: the student learns the teacher's detections as if they were ground truth."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -9,11 +9,12 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 from pycocotools import mask as coco_mask
+from pydantic import Field
 from torch import Tensor, nn
 
 from cache import Detections, Level, RecipeError
 from trainer.mechanisms import draws
-from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism
+from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism, Weight
 
 _SMALLEST = 1.0  # pixels: no anchor fits what is smaller, and box coders take logarithms of sides
 
@@ -45,8 +46,8 @@ class DetectionLoss(Mechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 1.0,
-        score_threshold: float | None = None,
+        loss_weight: Weight = 1.0,
+        score_threshold: Annotated[float, Field(ge=0, le=1)] | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight)
         self.score_threshold = score_threshold
@@ -60,7 +61,7 @@ class DetectionLoss(Mechanism):
         losses = _loss_on(batch.student, features, batch.inputs, samples)
         return torch.stack([_scalar(value) for name, value in losses.items() if "loss" in name]).sum()
 
-    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module, capture: Sequence[str] = ("neck",)) -> None:
         if student.with_mask and not teacher.with_mask:
             raise RecipeError(
                 "stages: DetectionLoss: the student learns masks, the teacher gives none. Take a teacher with masks, or a "

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 from cache import Level
 from trainer import parts
-from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit, moments, position_softmax
+from trainer.mechanisms.base import (
+    MECHANISMS,
+    Batch,
+    LevelMechanism,
+    LevelNames,
+    Temperature,
+    Weight,
+    fit,
+    moments,
+    position_softmax,
+)
 
 
 @MECHANISMS.register_module()
@@ -39,13 +49,13 @@ class FBKDLoss(LevelMechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 1.0,
-        mask_l2_weight: float = 7e-5,
-        channel_weight: float = 4e-3,
-        spatial_weight: float = 4e-3,
-        nonlocal_weight: float = 7e-5,
-        temp: float = 0.5,
-        levels: Sequence[str] | None = None,
+        loss_weight: Weight = 1.0,
+        mask_l2_weight: Weight = 7e-5,
+        channel_weight: Weight = 4e-3,
+        spatial_weight: Weight = 4e-3,
+        nonlocal_weight: Weight = 7e-5,
+        temp: Temperature = 0.5,
+        levels: LevelNames | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight, levels=levels)
         self.mask_l2_weight, self.channel_weight = mask_l2_weight, channel_weight
@@ -57,7 +67,7 @@ class FBKDLoss(LevelMechanism):
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
         parts: _Parts = self.parts[level]
-        student = fit(student, teacher, valid) * valid
+        student = fit(student, valid) * valid
         mask = (_attention(student, valid, self.temp) + _attention(teacher, valid, self.temp)) / 2
         masked = mask.detach().sqrt() * (teacher - parts.align(student))
         count = valid.sum(dim=(2, 3))

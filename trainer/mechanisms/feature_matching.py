@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cache import Level
 from trainer import parts
-from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit, masked_mean, moments
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, LevelNames, Weight, fit, masked_mean, moments
 
 
 @MECHANISMS.register_module()
@@ -28,16 +28,16 @@ class FeatureMatchingLoss(LevelMechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 1.0,
+        loss_weight: Weight = 1.0,
         normalize: bool = False,
-        levels: Sequence[str] | None = None,
+        levels: LevelNames | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight, levels=levels)
         self.normalize = normalize
         self.align = self.adapters(by_stride=True)
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
-        error = (fit(self.align[level](student), teacher, valid) - teacher).square()
+        error = (fit(self.align[level](student), valid) - teacher).square()
         if self.normalize:
             _, variance = moments(teacher, valid, parts.whole)
             error = error / (variance + 1e-6)

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from cache import Level
 from trainer import parts
-from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit, position_softmax
+from trainer.mechanisms.base import (
+    MECHANISMS,
+    Batch,
+    LevelMechanism,
+    LevelNames,
+    Temperature,
+    Weight,
+    fit,
+    position_softmax,
+)
 
 
 @MECHANISMS.register_module()
@@ -49,13 +58,13 @@ class FGDLoss(LevelMechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 1.0,
-        alpha_fgd: float = 1e-3,
-        beta_fgd: float = 5e-4,
-        gamma_fgd: float = 5e-4,
-        lambda_fgd: float = 5e-6,
-        temp: float = 0.5,
-        levels: Sequence[str] | None = None,
+        loss_weight: Weight = 1.0,
+        alpha_fgd: Weight = 1e-3,
+        beta_fgd: Weight = 5e-4,
+        gamma_fgd: Weight = 5e-4,
+        lambda_fgd: Weight = 5e-6,
+        temp: Temperature = 0.5,
+        levels: LevelNames | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight, levels=levels)
         self.alpha_fgd, self.beta_fgd, self.gamma_fgd, self.lambda_fgd = alpha_fgd, beta_fgd, gamma_fgd, lambda_fgd
@@ -66,7 +75,7 @@ class FGDLoss(LevelMechanism):
         )
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
-        aligned = fit(self.align[level](student), teacher, valid)
+        aligned = fit(self.align[level](student), valid)
         (where_s, which_s), (where_t, which_t) = (_attentions(m, valid, self.temp) for m in (aligned, teacher))
         theirs = self.pairs[level][1]
         scale = 1 / (theirs.stride * theirs.pool * batch.input_scale)  # cells per pixel of the student's input

@@ -1,18 +1,20 @@
 """LD: how the teacher spreads each side of a box over distances, at the student's own positives."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from mmdet.models.dense_heads import GFLHead
 from mmdet.models.losses.kd_loss import knowledge_distillation_kl_div_loss
 from mmdet.structures.bbox import bbox_overlaps
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from cache import Level, RecipeError, level_name
 from trainer import parts
-from trainer.assignment import assign
+from trainer.assignment import assign, refuse_other_targets
 from trainer.dense import dense_shape, flat_outputs, place, strides
-from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism
+from trainer.mechanisms.base import MECHANISMS, Batch, Mechanism, Temperature, Weight
 from trainer.mechanisms.dense_logit import dense_heads, refuse_other_positions, student_head
 
 
@@ -28,7 +30,8 @@ class LDLoss(Mechanism):
       it is not divided by the number of positives (Zheng et al., CVPR 2022, eq. 5).
     - ``vlr_weight * 1/16 * sum over the valuable region and 4 sides of u * KL``: anchors with ``0.25 a <= DIoU < a`` to a box,
       a the threshold of ATSS for that box, u their highest IoU with such boxes (section 3.3 and the authors' code).
-    - ``kd_weight * mean over positives of KL`` of the class logits, T = ``kd_temperature`` (the authors' configuration).
+    - ``kd_weight * mean over positives of KL`` of the class logits, T = ``kd_temperature`` (the authors' configuration). It is 0
+      for one class: the softmax of one logit is 1. That is logged once.
 
     Only positions whose outputs are stored take part. `coverage` says which share of the positives these were: with a small
     ``teachers.NAME.top_k`` the teacher's best positions may miss positives of small or unsure objects.
@@ -39,7 +42,7 @@ class LDLoss(Mechanism):
 
     Raises:
         RecipeError: `refuse_unfit`: a head without distributions, or with others; other classes; a level that the teacher's head
-            lacks.
+            lacks; a student that finds its positives in a way of its own.
     """
 
     needs = frozenset({"dense"})
@@ -49,16 +52,17 @@ class LDLoss(Mechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 1.0,
-        ld_weight: float = 0.25,
-        temperature: float = 10.0,
-        vlr_weight: float = 0.0,
-        kd_weight: float = 10.0,
-        kd_temperature: float = 2.0,
+        loss_weight: Weight = 1.0,
+        ld_weight: Weight = 0.25,
+        temperature: Temperature = 10.0,
+        vlr_weight: Weight = 0.0,
+        kd_weight: Weight = 10.0,
+        kd_temperature: Temperature = 2.0,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight)
         self.ld_weight, self.vlr_weight, self.kd_weight = ld_weight, vlr_weight, kd_weight
         self.temperature, self.kd_temperature = temperature, kd_temperature
+        self._told = False
         self.register_buffer("positives", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("covered", torch.zeros((), dtype=torch.int64), persistent=False)
 
@@ -73,6 +77,7 @@ class LDLoss(Mechanism):
 
     def loss(self, batch: Batch) -> Tensor:
         head = student_head(batch, type(self).__name__)
+        self._tell_of_one_class(head)
         sizes = [tuple(scores.shape[-2:]) for scores in batch.head_outputs[0]]
         device = batch.head_outputs[0][0].device
         assigned = assign(head, sizes, batch.samples, device)
@@ -101,19 +106,30 @@ class LDLoss(Mechanism):
                 losses.append(self.vlr_weight / 16 * self._sides(terms[inside], their_terms[inside], weight))
         return torch.stack(losses).sum()
 
+    def _tell_of_one_class(self, head: nn.Module) -> None:
+        if self.kd_weight and dense_shape(head)[1] == 1 and not self._told:
+            self._told = True
+            print_log(
+                "LDLoss: with one class its class part (kd_weight) is 0: the softmax of one logit is 1. The boxes' distributions "
+                "are learnt as ever; for the class add DenseLogitLoss, whose default compares scores.",
+                "current",
+                logging.WARNING,
+            )
+
     def _sides(self, ours: Tensor, theirs: Tensor, weight: Tensor) -> Tensor:
         """Weighted sum of the KL of the four sides: (k, 4 * bins) each, weight (k,)."""
         bins = ours.shape[1] // 4
         kl = _kl(ours.reshape(-1, bins), theirs.reshape(-1, bins), self.temperature)
         return (kl * weight.repeat_interleave(4)).sum()
 
-    def refuse_unfit(self, student: nn.Module, teacher: nn.Module) -> None:
+    def refuse_unfit(self, student: nn.Module, teacher: nn.Module, capture: Sequence[str] = ("neck",)) -> None:
         head, theirs = dense_heads(student, teacher, type(self).__name__)
         if not isinstance(head, GFLHead):
             raise RecipeError(
                 f"stages: LDLoss: the student's {type(head).__name__} gives boxes, not distributions over distances. Take a "
                 "student with a GFL head, or DenseLogitLoss."
             )
+        refuse_other_targets(head, f"stages: {type(self).__name__}: student")
         wanted, known = ([level_name(stride) for stride in strides(one)] for one in (head, theirs))
         missing = [name for name in wanted if name not in known]
         if missing:

@@ -1,14 +1,16 @@
 """MGD: generate the teacher's map from the student's map with positions missing. The mechanism that MTPD released."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from cache import Level
 from trainer import parts
 from trainer.mechanisms import draws
-from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, LevelNames, Weight, fit
 
 
 @MECHANISMS.register_module()
@@ -31,9 +33,9 @@ class MGDLoss(LevelMechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 2e-5,
-        mask_ratio: float = 0.65,
-        levels: Sequence[str] | None = None,
+        loss_weight: Weight = 2e-5,
+        mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.65,
+        levels: LevelNames | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight, levels=levels)
         self.mask_ratio = mask_ratio
@@ -46,7 +48,7 @@ class MGDLoss(LevelMechanism):
         )
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
-        student = fit(self.align[level](student), teacher, valid)
+        student = fit(self.align[level](student), valid)
         kept = self._drawn(level, student, batch) <= 1 - self.mask_ratio
         first, second = self.generation[level]
         hidden = first(student * (kept & valid)).relu() * valid

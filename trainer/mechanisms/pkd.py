@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cache import Level
 from trainer import parts
-from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, fit
+from trainer.mechanisms.base import MECHANISMS, Batch, LevelMechanism, LevelNames, Weight, fit
 
 
 @MECHANISMS.register_module()
@@ -28,14 +28,14 @@ class PKDLoss(LevelMechanism):
         student: Sequence[Level],
         teacher: Sequence[Level],
         *,
-        loss_weight: float = 6.0,
-        levels: Sequence[str] | None = None,
+        loss_weight: Weight = 6.0,
+        levels: LevelNames | None = None,
     ) -> None:
         super().__init__(student, teacher, loss_weight=loss_weight, levels=levels)
         self.align = self.adapters()
 
     def level_loss(self, level: str, student: Tensor, teacher: Tensor, valid: Tensor, batch: Batch) -> Tensor:
-        student = fit(self.align[level](student), teacher, valid)
+        student = fit(self.align[level](student), valid)
         count, squares, products, their_squares = _moments(student, teacher, valid)
         ours, theirs = (_deviation(of, count) for of in (squares, their_squares))
         # the mean of (norm(S) - norm(T))^2, multiplied out
