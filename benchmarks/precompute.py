@@ -1,8 +1,8 @@
 """images/s of a whole precompute on Ray against the bare forward of its teacher, on the same views, on CPUs.
 
 The teacher is a Swin-T detector as mmdet ships its config, with random weights; the images are generated (640 x 480, JPEG),
-the view is 1333 x 800 without a flip; int8 P3-P7 and detections are stored. Two contenders take turns, each in a fresh actor
-with all CPUs and ``--threads`` threads of torch:
+the view is 1333 x 800 without a flip; int8 P3-P7 and detections are stored, so that both run the whole detector. Two
+contenders take turns, each in a fresh actor with all CPUs and ``--threads`` threads of torch:
 
 - "precompute": ``services.precompute.fill``, what ``mtpd precompute`` calls, into an empty cache: images are read, decoded
   and resized, the teacher runs, features are quantised, shards are written, flushed and committed.
@@ -13,7 +13,8 @@ handed out to the last committed, first decoding and last writing included, whic
 "steady" from the first commit to the last: at least 0.95 of the bare rate is aimed at. "cpu" compares the processor's seconds
 a view, of all threads of the actor, between the same commits. What other programs on the machine disturb least is the ratio
 "by parts": the share of the precompute's time in which its device is busy, over how much longer the actor's computation
-(teacher, quantisation) takes than the bare forward, both called in turn on each view in the bare actor.
+(teacher, quantisation) takes than the bare forward, both called in turn on each view in the bare actor. A third in turn there,
+"features", is what the teacher takes where nothing wants detections: backbone and neck.
 
 With random weights nothing scores above the shipped threshold; ``--score-threshold 0`` gives 100 detections a view::
 
@@ -71,7 +72,7 @@ def make_recipe(root: Path, teacher: str, images: int, threshold: float) -> dict
     torch.manual_seed(0)
     model = MODELS.build(load_config(config, {}, "teacher").model)
     torch.save({"state_dict": model.state_dict()}, root / "w.pth")
-    spec = {"config": config, "cfg_options": {key: threshold}, "checkpoint": str(root / "w.pth")}
+    spec = {"config": config, "cfg_options": {key: threshold}, "checkpoint": str(root / "w.pth"), "detections": True}
     split = {"ann_file": str(root / "all.json"), "img_dir": str(root)}
     return {
         "dataset": {"train": split, "val": split},
@@ -132,15 +133,21 @@ class Bare:
         return torch.get_num_threads()
 
     def run(self) -> dict[str, float]:
-        """Rates of the bare forward; and how much longer it takes to compute targets, view by view in turn."""
-        spent = {"bare": np.zeros(2), "compute": np.zeros(2)}
+        """Rates of the bare forward; beside it, in turn on each view, what targets take to compute, and features alone."""
+        calls = {
+            "bare": self._forward,
+            "compute": lambda one: self._computer.compute([one]),
+            "features": lambda one: self._teacher([one.image], detect=False),
+        }
+        spent = {kind: np.zeros(2) for kind in calls}
         for pixels in self._pixels:
-            for kind, call in (("bare", self._forward), ("compute", lambda one: self._computer.compute([one]))):
+            for kind, call in calls.items():
                 before = np.array([time.monotonic(), time.process_time()])
                 call(pixels)
                 spent[kind] += np.array([time.monotonic(), time.process_time()]) - before
         wall, cpu = len(self._pixels) / spent["bare"]
-        return {"bare": wall, "bare_cpu": cpu, "compute": spent["compute"][1] / spent["bare"][1]}
+        of_bare = {kind: spent[kind][1] / spent["bare"][1] for kind in ("compute", "features")}
+        return {"bare": wall, "bare_cpu": cpu, **of_bare}
 
     @torch.no_grad()
     def _forward(self, pixels: Pixels) -> None:
@@ -184,6 +191,7 @@ def main(
     parts = middle["on_the_device"] / middle["compute"]
     print(f"start {middle['start_s']:.1f} s; on the device {middle['on_the_device']:.1%}")
     print(f"compute: {middle['compute']:.3f} times the processor's seconds of bare; by parts {parts:.3f} of bare")
+    print(f"features alone: {middle['features']:.3f} times the processor's seconds of bare")
     print(f"of the bare rate at least {TARGET}: steady {ratios['steady'] >= TARGET}, by parts {parts >= TARGET}")
     if json_path:
         json_path.write_text(json.dumps({"median": middle, "ratios": ratios, "rounds": measured}, indent=1))

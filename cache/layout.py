@@ -208,6 +208,11 @@ class GroupInfo:
         """The full fingerprint."""
         return fingerprint(self.record)
 
+    @property
+    def detections(self) -> bool:
+        """Whether detections are stored. Only a record of a group without them says so: older ones all have them."""
+        return self.record.get("detections") is not False
+
     @cached_property
     def name(self) -> str:
         """The group's name inside the cache."""
@@ -301,13 +306,14 @@ class GroupInfo:
 
 
 # what a record says of what is stored, not of how a stored value comes about
-_STORED = frozenset({"levels", "pool", "dense", "head"})
+_STORED = frozenset({"levels", "pool", "dense", "head", "detections"})
 
 
 def serves(info: GroupInfo, record: dict[str, Any]) -> bool:
     """Whether a group's targets are those of a fingerprint record, and hold all that it asks for, or more.
 
-    Two records that differ only in what is stored (levels, pooling, dense outputs, head weights) are of the same targets.
+    Two records that differ only in what is stored (levels, pooling, dense outputs, head weights, detections) are of the
+    same targets.
     """
     ours = {key: value for key, value in info.record.items() if key not in _STORED}
     if ours != {key: value for key, value in record.items() if key not in _STORED} or record.get("levels") is None:
@@ -319,6 +325,7 @@ def serves(info: GroupInfo, record: dict[str, Any]) -> bool:
         all(pools.get(name) == window for name, window in wanted.items())
         and (not top_k or (bool(info.dense) and min(d.top_k for d in info.dense) >= top_k))
         and (not record.get("head") or info.head is not None)
+        and (info.detections or record.get("detections") is False)
     )
 
 

@@ -73,6 +73,7 @@ class TeacherCache:
         verify: bool = True,
         levels: Sequence[str] | None = None,
         dense: bool = True,
+        detections: bool = False,
         local_dir: str | None = None,
         local_bytes: int | None = None,
     ) -> "TeacherCache":
@@ -86,17 +87,24 @@ class TeacherCache:
             verify: check the checksum of every row that is read; what comes from object storage is always checked.
             levels: levels to read; all by default.
             dense: read the dense head's outputs too, where they are stored.
+            detections: they are wanted: a group that stores none is refused. Where they are stored, any row gives them.
             local_dir: a folder that keeps rows of a cache in object storage; several processes and caches may share it.
             local_bytes: bytes that it may take; 64 GiB by default.
 
         Raises:
             MissingRowsError: nothing was computed for this teacher.
-            StaleCacheError: another fingerprint (the message lists the fields that differ), or another format version.
+            StaleCacheError: another fingerprint (the message lists the fields that differ), or another format version; or no
+                detections.
             CorruptShardError: the manifest is damaged.
             RecipeError: the cache has no such level.
         """
         storage = open_storage(uri)
         info = find_group(storage, teacher, fingerprint)
+        if detections and not info.detections:
+            raise StaleCacheError(
+                f"{storage.where(info.name)}: holds no detections. Set teachers.{teacher}.detections: true in the recipe and run "
+                "`mtpd precompute`: it computes targets with them beside these."
+            )
         known = [level.name for level in info.levels]
         for name in levels or ():
             if name not in known:
@@ -141,7 +149,8 @@ class TeacherCache:
             )
         layout = self._layout(location.bucket)
         rows = self._read(image_id, view, location, layout)
-        return Targets(image_id, view, layout, rows, lambda: self._detections(image_id, view, location))
+        detections = (lambda: self._detections(image_id, view, location)) if self.info.detections else None
+        return Targets(image_id, view, layout, rows, detections)
 
     def refresh(self) -> None:
         """Take in what was committed since this cache was opened, or since the last call; and what was taken out.

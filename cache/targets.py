@@ -125,7 +125,7 @@ class Targets:
         view: int,
         layout: RowLayout,
         rows: Sequence[Bytes] | Tensor,
-        detections: Callable[[], Detections],
+        detections: Callable[[], Detections] | None,
     ) -> None:
         self.image_id, self.view, self.layout = image_id, view, layout
         self._rows, self._read_detections = rows, detections
@@ -149,13 +149,13 @@ class Targets:
         return self.layout.assembled((one, a) for a, one in self._tensors if a.role not in _MAPS)
 
     @cached_property
-    def detections(self) -> Detections:
-        """What the teacher detected in this view.
+    def detections(self) -> Detections | None:
+        """What the teacher detected in this view; None in a group that stores no detections.
 
         Raises:
             CorruptShardError: the unit's part of the detections is damaged or gone.
         """
-        return self._read_detections()
+        return None if self._read_detections is None else self._read_detections()
 
     @property
     def buffer(self) -> Tensor | None:

@@ -66,7 +66,7 @@ class Report:
 def verify(
     storage: Storage, info: GroupInfo, progress: Callable[[int, int], None] = lambda done, units: None
 ) -> Report:
-    """Read every committed row of a group, its detections, its manifest and its metadata.
+    """Read every committed row of a group, its detections where it stores any, its manifest and its metadata.
 
     Args:
         progress: called with the units done and all units.
@@ -236,17 +236,22 @@ def _check_unit(
             report.damages.append(Damage(name, (bucket, unit), "is missing"))
         except shard.DamagedBytesError as error:
             report.damages.append(Damage(name, (bucket, unit), str(error)))
-    name = part(info.name, "detections", unit_name(bucket, unit))
+    if info.detections:
+        _check_detections(storage, info, (bucket, unit), set(rows["row"].tolist()), report)
+
+
+def _check_detections(storage: Storage, info: GroupInfo, unit: UnitKey, rows: set[int], report: Report) -> None:
+    name = part(info.name, "detections", unit_name(*unit))
     try:
         content = storage.read(name)
         report.read_bytes += len(content)
         found = ragged.from_table(ragged.from_parquet(content, name, info.version))
-        if lacking := set(rows["row"].tolist()) - found.keys():
-            report.damages.append(Damage(name, (bucket, unit), f"lacks row {min(lacking)}"))
+        if lacking := rows - found.keys():
+            report.damages.append(Damage(name, unit, f"lacks row {min(lacking)}"))
     except FileNotFoundError:
-        report.damages.append(Damage(name, (bucket, unit), "is missing"))
+        report.damages.append(Damage(name, unit, "is missing"))
     except ValueError as error:
-        report.damages.append(Damage(name, (bucket, unit), str(error)))
+        report.damages.append(Damage(name, unit, str(error)))
 
 
 def _check_shard(

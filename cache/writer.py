@@ -33,6 +33,7 @@ class RowTargets:
         values: per level what `encode` gave for one image: (C, h, w) int8 or float16, or (C, ceil(h * w / 2)) uint8.
         scales: per level (C,) float32; empty for float16.
         snr: per level, dB.
+        detections: None where the group stores none.
         dense: per level what is stored of the dense head; empty if nothing is.
         image_crc32c: checksum of the image file's bytes.
     """
@@ -41,7 +42,7 @@ class RowTargets:
     values: Mapping[str, npt.NDArray[Any]]
     scales: Mapping[str, npt.NDArray[np.float32]]
     snr: Mapping[str, float]
-    detections: Detections
+    detections: Detections | None
     image_crc32c: int
     dense: Mapping[str, DenseArrays] = field(default_factory=dict)
 
@@ -77,7 +78,7 @@ def write_unit(
     targets: Sequence[RowTargets],
     fence: Callable[[], None] = lambda: None,
 ) -> int:
-    """Write a unit's shards and detections, then commit the rows of ``targets``.
+    """Write a unit's shards and, where the group stores them, detections, then commit the rows of ``targets``.
 
     Rows that were committed earlier (``unit.kept``) are carried over byte for byte. Rows of the unit that are not in
     ``targets`` stay absent. Writing a unit twice is harmless.
@@ -101,7 +102,8 @@ def write_unit(
 
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="shards") as pool:
         written = sum(pool.map(write, info.arrays(unit.bucket)))
-    written += _write_detections(storage, info, unit, {t.row.row: t.detections for t in targets})
+    if info.detections:
+        written += _write_detections(storage, info, unit, targets)
     fence()
     manifest.write_part(storage, info, unit.name, _manifest_rows(info, unit, targets))
     return written
@@ -133,8 +135,13 @@ def _write_shard(
     return storage.write(path, shard.encode(chunks, unit.slots))
 
 
-def _write_detections(storage: Storage, info: GroupInfo, unit: Unit, rows: dict[int, Detections]) -> int:
+def _write_detections(storage: Storage, info: GroupInfo, unit: Unit, targets: Sequence[RowTargets]) -> int:
     path = part(info.name, "detections", unit.name)
+    rows: dict[int, Detections] = {}
+    for target in targets:
+        if target.detections is None:
+            raise ValueError(f"{path}: row {target.row.row} has no detections, which this group stores")
+        rows[target.row.row] = target.detections
     table = detections.to_table(dict(sorted(rows.items())))
     if unit.kept:
         try:

@@ -76,7 +76,7 @@ def _show_buckets(cache: TeacherCache) -> None:
 
 
 def _show_row(info: GroupInfo, record: RowRecord, targets: Targets) -> None:
-    """One row: its levels, then the best detections."""
+    """One row: its levels, then the best detections, where they are stored."""
     rows: list[list[object]] = []
     values = targets.dequantize()
     for level in info.levels:
@@ -99,6 +99,9 @@ def _show_row(info: GroupInfo, record: RowRecord, targets: Targets) -> None:
         best = float(dense.logits.max()) if dense.logits.numel() else float("nan")
         say(f"{name}: the dense head at {len(dense.indices):,} positions, best class logit {best:.2f}")
     found = targets.detections
+    if found is None:
+        say("no detections: none are stored in this group")
+        return
     order = np.argsort(-found.scores, kind="stable")[:_SHOWN_DETECTIONS]
     sure = int((found.scores >= LEAST_SCORE).sum())
     masks = "" if found.masks is None else ", with masks"

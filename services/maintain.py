@@ -274,7 +274,8 @@ def _show_sample(teacher: str, report: SampleReport) -> None:
     table(f"{teacher}: live teacher against the cache", columns, rows)
     heads = [[h.what, f"{h.compared:,}", f"{h.found:.1%}", f"{h.largest_error:.3g}"] for h in report.heads]
     columns = ["what", "compared", "in the cache", "largest error of score or logit"]
-    table(f"{teacher}: what its head gives, live against the cache", columns, heads)
+    if heads:
+        table(f"{teacher}: what its head gives, live against the cache", columns, heads)
     for failure in report.failures:
         complain(f"  image {failure.image_id} ({failure.file_name}) {failure.reason}")
 

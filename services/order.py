@@ -167,8 +167,12 @@ def _settings(candidates: Recipe) -> dict[str, Any]:
 
 
 def _fingerprint(candidates: Recipe, name: str) -> str:
-    """Of what decides a model's features, whichever group of the cache holds them: that may go, and the order stays."""
-    return fingerprint(wanted_record(candidates, name))
+    """Of what decides a model's features, whichever group of the cache holds them: that may go, and the order stays.
+
+    So does it whether or not detections are stored beside them.
+    """
+    record = wanted_record(candidates, name)
+    return fingerprint({key: value for key, value in record.items() if key != "detections"})
 
 
 def _kept(recipe: Recipe, settings: dict[str, Any]) -> Order | None:

@@ -104,6 +104,7 @@ def _teacher_record(plan: Plan) -> dict[str, Any]:
         "bytes_per_row": plan.stored_bytes / max(1, plan.total),
         "level_bytes": plan.level_bytes(),
         "dense_bytes": plan.dense_bytes(),
+        "detections": plan.info.detections,
         "levels": {level.name: {"channels": level.channels, "stride": level.stride} for level in plan.info.levels},
         "buckets": [
             {
@@ -143,7 +144,8 @@ def _show_teacher(plan: Plan) -> None:
     row_bytes = plan.stored_bytes / max(1, plan.total)
     say(f"{plan.total // views:,} images x {views} views = {plan.total:,} rows, {plan.todo:,} to compute")
     say(f"views: {_views(plan.policy)}")
-    say(f"{size(plan.stored_bytes)} as {plan.info.precision} ({levels})")
+    besides = "and detections, as many as there are" if plan.info.detections else "no detections"
+    say(f"{size(plan.stored_bytes)} as {plan.info.precision} ({levels}), {besides}")
     say(f"training reads {size(row_bytes)} an image\n")
 
 

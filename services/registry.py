@@ -48,7 +48,7 @@ class Entry:
         snr: median signal-to-noise ratio per level, dB; empty without rows.
         dense: per level how many positions of the dense head are stored.
         head: whether the head's weights are.
-        detections: whether it has rows, each of which has detections.
+        detections: whether it has rows with detections.
         written: when a file of it last was, in seconds since the epoch; None for a folder without files.
         problem: what is damaged.
     """
@@ -119,7 +119,7 @@ def _entry(storage: Storage, info: GroupInfo, infos: list[GroupInfo], known: lis
         snr=snr,
         dense={dense.name: dense.top_k for dense in info.dense},
         head=info.head is not None,
-        detections=bool(rows),
+        detections=bool(rows) and info.detections,
         written=max((file.modified for file in files), default=None),
         users=tuple(
             User(one.name, one.work_dir, one.used, one.groups[info.name].stages, one.needs(info.name))

@@ -105,7 +105,7 @@ class UnitComputer:
 
     def look(self, pixels: Pixels) -> TeacherOutput:
         """What the teacher gives of one view, before anything of it is quantised."""
-        return self._teacher([pixels.image])
+        return self._teacher([pixels.image], detect=self._info.detections)
 
     def compute(
         self,
@@ -116,14 +116,14 @@ class UnitComputer:
 
         Args:
             timed: given each batch's forward and its quantisation, begin and end by ``time.monotonic``. A GPU may still be at
-                work on maps when a forward ends here: its detections are waited for, the rest by the quantisation.
+                work on maps when a forward ends here: its detections, if any, are waited for, the rest by the quantisation.
         """
         targets: list[RowTargets] = []
         failures: list[Failure] = []
         for start in range(0, len(views), self._batch_size):
             batch = views[start : start + self._batch_size]
             begin = time.monotonic()
-            output = self._teacher([pixels.image for pixels in batch])
+            output = self._teacher([pixels.image for pixels in batch], detect=self._info.detections)
             middle = time.monotonic()
             encoded = {name: encode(maps, self._info.precision) for name, maps in output.features.items()}
             if timed is not None:
@@ -131,11 +131,12 @@ class UnitComputer:
                 timed("quantise", middle, time.monotonic())
             for n, pixels in enumerate(batch):
                 dense = _dense_arrays(output.dense[n]) if output.dense else {}
-                reason = _not_finite(encoded, n, output.detections[n], dense, self._info.precision)
+                found = output.detections[n] if output.detections else None
+                reason = _not_finite(encoded, n, found, dense, self._info.precision)
                 if reason:
                     failures.append(_failure(pixels.row, reason))
                 else:
-                    targets.append(_row_targets(pixels, encoded, n, output.detections[n], dense))
+                    targets.append(_row_targets(pixels, encoded, n, found, dense))
         return targets, failures
 
     def run(self, unit: Unit) -> tuple[list[RowTargets], list[Failure]]:
@@ -200,13 +201,13 @@ def _dense_arrays(dense: Mapping[str, DenseLevel]) -> dict[str, DenseArrays]:
 
 
 def _not_finite(
-    encoded: dict[str, Encoded], n: int, detections: Detections, dense: Mapping[str, DenseArrays], precision: str
+    encoded: dict[str, Encoded], n: int, found: Detections | None, dense: Mapping[str, DenseArrays], precision: str
 ) -> str | None:
     bad = [name for name, level in encoded.items() if not level.finite[n]]
     if bad:
         overflow = " or beyond float16's range (cache.precision: int8 has none)" if precision == "float16" else ""
         return f"the teacher gave NaN or Inf{overflow} on {', '.join(bad)}"
-    if not (np.isfinite(detections.boxes).all() and np.isfinite(detections.scores).all()):
+    if found is not None and not (np.isfinite(found.boxes).all() and np.isfinite(found.scores).all()):
         return "the teacher gave NaN or Inf in its detections"
     for level, of in dense.items():
         if not all(np.isfinite(of[role]).all() for role in ("logits", "terms")):
@@ -215,14 +216,14 @@ def _not_finite(
 
 
 def _row_targets(
-    pixels: Pixels, encoded: dict[str, Encoded], n: int, detections: Detections, dense: Mapping[str, DenseArrays]
+    pixels: Pixels, encoded: dict[str, Encoded], n: int, found: Detections | None, dense: Mapping[str, DenseArrays]
 ) -> RowTargets:
     return RowTargets(
         row=pixels.row,
         values={name: level.values[n].numpy() for name, level in encoded.items()},
         scales={name: level.scales[n].numpy() for name, level in encoded.items() if level.scales is not None},
         snr={name: float(level.snr[n]) for name, level in encoded.items()},
-        detections=detections,
+        detections=found,
         image_crc32c=pixels.crc32c,
         dense=dense,
     )

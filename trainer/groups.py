@@ -1,6 +1,7 @@
 """Which group of the cache holds a teacher's targets for a recipe."""
 
 import logging
+from operator import itemgetter
 from typing import Any
 
 from mmengine.logging import print_log
@@ -19,9 +20,12 @@ from cache import (
 )
 from trainer.annotations import read_annotations
 from trainer.classes import refuse_other_order
-from trainer.needs import Needs, needs_of, refuse_unfit
+from trainer.needs import needs_of, on_heads, refuse_unfit
 from trainer.recipe import Recipe
 from trainer.teacher import class_counts, describe, fingerprint_record
+
+# of its rows, of a group with detections that nothing wants: a whole forward takes about twice as long as backbone and neck
+_FILLED_FURTHER = 0.5
 
 
 def wanted_record(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -32,7 +36,7 @@ def wanted_record(recipe: Recipe, name: str) -> dict[str, Any]:
             together.
     """
     needs = needs_of(recipe, name)
-    _refuse_other_classes(recipe, name, needs)
+    _refuse_other_classes(recipe, name)
     refuse_unfit(recipe, name)
     return fingerprint_record(
         recipe.teachers[name],
@@ -42,6 +46,7 @@ def wanted_record(recipe: Recipe, name: str) -> dict[str, Any]:
         levels=needs.levels,
         top_k=needs.top_k,
         head=needs.head,
+        detections=needs.detections,
     )
 
 
@@ -49,7 +54,8 @@ def teacher_info(recipe: Recipe, name: str) -> GroupInfo:
     """Attributes of the group that holds, or will hold, a teacher's targets for this recipe.
 
     What is stored follows from the recipe's mechanisms. Where there is no such group yet, one that holds more of the same
-    targets serves as well, if it holds every row.
+    targets serves as well, if it holds every row. One that holds detections besides and nothing else is filled further if it
+    holds more than half of the rows: the heads take less time on the rest than backbone and neck on all of them.
     """
     record, storage = wanted_record(recipe, name), open_storage(recipe.cache.uri)
     own = group_name(name, fingerprint(record))
@@ -64,6 +70,7 @@ def teacher_info(recipe: Recipe, name: str) -> GroupInfo:
 
 def _serving(recipe: Recipe, storage: Storage, name: str, record: dict[str, Any]) -> GroupInfo | None:
     found = []
+    with_detections = {key: value for key, value in record.items() if key != "detections"}
     for folder in storage.folders():
         if not folder.startswith(f"{name}-"):
             continue
@@ -72,16 +79,18 @@ def _serving(recipe: Recipe, storage: Storage, name: str, record: dict[str, Any]
             if info is None or info.teacher != name or not serves(info, record):
                 continue
             ids = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").images.ids
-            if load_index(storage, info).committed(ids, len(recipe.policy)).all():
-                found.append(info)
+            share = float(load_index(storage, info).committed(ids, len(recipe.policy)).mean())
+            if share == 1 or (share > _FILLED_FURTHER and info.record == with_detections):
+                more = len(info.levels) + 3 * len(info.dense)
+                found.append(((share < 1, more, info.detections, info.name), info))
         except CorruptShardError as error:
             print_log(f"a group that might have served is damaged: {error}", "current", logging.WARNING)
-    return min(found, key=lambda info: (len(info.levels) + 3 * len(info.dense), info.name), default=None)
+    return min(found, key=itemgetter(0), default=(None, None))[1]
 
 
-def _refuse_other_classes(recipe: Recipe, name: str, needs: Needs) -> None:
+def _refuse_other_classes(recipe: Recipe, name: str) -> None:
     """A mechanism on detections or heads compares classes by their numbers; features have none."""
-    if not (needs.detections or needs.top_k or needs.head):
+    if not on_heads(recipe, name):
         return
     counts = class_counts(recipe.teachers[name], name)
     classes = read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").classes

@@ -26,7 +26,7 @@ class Needs:
     Attributes:
         levels: whose maps, in the order in which the teacher gives them.
         top_k: positions a level of the dense head's outputs; 0 for none.
-        detections: what it detects.
+        detections: whether what it detects is.
         head: its dense head's weights.
     """
 
@@ -39,7 +39,8 @@ class Needs:
 def needs_of(recipe: Recipe, teacher: str, stage: int | None = None) -> Needs:
     """What a recipe's stages, or one of them (numbered from 1), want of a teacher.
 
-    A teacher that no stage names is wanted whole. A recipe that names ``teachers.NAME.levels`` stores these.
+    A teacher that no stage names is wanted whole. What a recipe says by ``teachers.NAME.levels`` and ``teachers.NAME.detections``
+    is stored as it says; what one stage reads follows from its mechanisms alone.
 
     Raises:
         RecipeError: a mechanism finds no level that student and teacher have in common.
@@ -52,7 +53,21 @@ def needs_of(recipe: Recipe, teacher: str, stage: int | None = None) -> Needs:
         levels = spec.levels or tuple(level.name for level in measured(spec, teacher)[0])
     else:
         levels = _levels(recipe, teacher, wanted)
-    return Needs(tuple(levels), spec.top_k if "dense" in needs else 0, "detections" in needs, "head" in needs)
+    detections = "detections" in needs or not wanted
+    if stage is None and spec.detections is not None:
+        detections = spec.detections
+    return Needs(tuple(levels), spec.top_k if "dense" in needs else 0, detections, "head" in needs)
+
+
+def on_heads(recipe: Recipe, teacher: str) -> list[Mapping[str, Any]]:
+    """The mechanisms of a teacher's stages that want more of it than features."""
+    stages = [stage for stage in recipe.possible_stages if teacher in stage.teachers]
+    return [
+        one
+        for stage in stages
+        for one in stage.mechanisms
+        if MECHANISMS.get(one["type"]).needs & {"dense", "detections", "head"}
+    ]
 
 
 def refuse_unfit(recipe: Recipe, teacher: str) -> None:
@@ -63,13 +78,7 @@ def refuse_unfit(recipe: Recipe, teacher: str) -> None:
     Raises:
         RecipeError: see `Mechanism.refuse_unfit` of the mechanisms.
     """
-    stages = [stage for stage in recipe.possible_stages if teacher in stage.teachers]
-    mechanisms = [
-        one
-        for stage in stages
-        for one in stage.mechanisms
-        if MECHANISMS.get(one["type"]).needs & {"dense", "detections", "head"}
-    ]
+    mechanisms = on_heads(recipe, teacher)
     if not mechanisms:
         return
     classes = len(read_annotations(recipe.dataset.train.ann_file, "dataset.train.ann_file").classes)

@@ -79,10 +79,12 @@ def draw_row(
     return np.concatenate(panels, axis=1)
 
 
-def _with_boxes(canvas: np.ndarray, found: Detections, classes: Sequence[str]) -> np.ndarray:
-    """The view at the height of all pictures, with the detections that are shown."""
+def _with_boxes(canvas: np.ndarray, found: Detections | None, classes: Sequence[str]) -> np.ndarray:
+    """The view at the height of all pictures, with the detections that are shown; None where none are stored."""
     factor = _HEIGHT / canvas.shape[0]
     canvas = cv2.resize(canvas, (_width(canvas.shape[:2]), _HEIGHT), interpolation=cv2.INTER_AREA)
+    if found is None:
+        return canvas
     for n in np.argsort(found.scores, kind="stable"):  # the best on top
         if found.scores[n] < LEAST_SCORE:
             continue

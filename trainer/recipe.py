@@ -77,6 +77,18 @@ class Recipe(Spec):
             raise ValueError("student.inherit: the first stage has no teacher to inherit from; name one")
         return self
 
+    @model_validator(mode="after")
+    def _detections_are_stored(self) -> "Recipe":
+        for stage in self.possible_stages:
+            kinds = (m["type"] for m in stage.mechanisms if "detections" in MECHANISMS.get(m["type"]).needs)
+            for name in stage.teachers:
+                if self.teachers[name].detections is False and (kind := next(kinds, None)):
+                    raise ValueError(
+                        f"teachers.{name}.detections: false, but {kind} learns from them. Leave the key out, or take other "
+                        f"mechanisms for {name}"
+                    )
+        return self
+
     @property
     def inherit_from(self) -> str | None:
         """The teacher whose neck and heads the student begins with."""

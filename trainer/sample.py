@@ -45,7 +45,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Found:
-    """How what a teacher's head puts out agrees: its detections, or a level's dense outputs.
+    """How what is stored of a teacher's head's outputs agrees: its detections, or a level's dense outputs.
 
     Attributes:
         what: ``detections``, or the level.
@@ -117,7 +117,8 @@ def compare_sample(recipe: Recipe, name: str, count: int, device: str = "cpu", s
     recorded = cache.fidelity()
     maps = {key: {level: m[0].float().cpu() for level, m in output.features.items()} for key, output in live.items()}
     levels = tuple(_agreement(level, cache, maps, recorded[level], views) for level in cache.levels)
-    return SampleReport(levels, (_detected(cache, live), *_dense(cache, live)), tuple(failures))
+    detected = [_detected(cache, live)] if cache.info.detections else []
+    return SampleReport(levels, (*detected, *_dense(cache, live)), tuple(failures))
 
 
 def _live(

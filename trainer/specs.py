@@ -230,6 +230,8 @@ class TeacherSpec(Spec):
         capture: modules whose maps are the features, by their names in the detector.
         levels: which of the captured levels are stored; by default those that the recipe's mechanisms match.
         top_k: positions a level of which a dense head's outputs are stored, where a mechanism wants them.
+        detections: whether what it detects is stored, for which its whole head runs on every view. By default (null) only if a
+            mechanism of a stage wants it, or if no stage names the teacher.
         pool: levels stored as averages over windows, ``{P3: 2}`` for windows of 2 x 2; the student's map is averaged alike.
         autocast: dtype of backbone and neck; float32 where it is null. Heads are float32 always.
         batch_size: views in one forward pass.
@@ -243,6 +245,7 @@ class TeacherSpec(Spec):
     capture: Annotated[tuple[str, ...], Field(min_length=1)] = ("neck",)
     levels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     top_k: Annotated[int, Field(ge=1, le=2**20)] = 512
+    detections: bool | None = None
     pool: dict[str, Annotated[int, Field(ge=2, le=16)]] = {}
     autocast: Literal["bfloat16", "float16"] | None = None
     batch_size: PositiveInt = 1

@@ -32,7 +32,7 @@ _BEGUN = "stage.json"
 # what is done about damage, how often a checkpoint is written, and in how many pieces a share is trained on, is free too; so is
 # for which batch a learning rate is made, for the rate that follows from it is compared itself
 _FREE = re.compile(
-    r"\.fingerprint\.(levels|dense|head)[:.]|\.head\.fingerprint\b|default_hooks\.checkpoint\b|model\.micro_batch\b"
+    r"\.fingerprint\.(levels|dense|head|detections)[:.]|\.head\.fingerprint\b|default_hooks\.checkpoint\b|model\.micro_batch\b"
     r"|\.(on_missing|service|on_damage|local_dir|local_bytes)\b|^auto_scale_lr\b"
 )
 

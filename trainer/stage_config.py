@@ -303,7 +303,7 @@ def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInf
             levels={level.name: [level.channels, level.stride, level.pool] for level in stored}, top_k=needs.top_k
         )
         if targets == "online":
-            given["live"] = teacher.model_dump(mode="json", exclude={"ap"})
+            given["live"] = teacher.model_dump(mode="json", exclude={"ap", "detections"})
         elif needs.head:
             model = plain_dict(
                 load_config(teacher.config, teacher.cfg_options, f"teachers.{info.teacher}.config").model

@@ -121,7 +121,8 @@ class Teacher:
 
         Args:
             images: N tensors (3, h, w), uint8, BGR, any device: views as mmdet loads them, not normalised.
-            detect: run the head too.
+            detect: run all of its heads too. Without it backbone and neck run alone, and the dense head on their maps where its
+                outputs are given; features and dense outputs are the same to the bit.
 
         Raises:
             TeacherLoadError: a map has another size than its level's stride says.
@@ -223,12 +224,14 @@ def fingerprint_record(
     levels: Sequence[str] | None = None,
     top_k: int = 0,
     head: bool = False,
+    detections: bool = True,
 ) -> dict[str, Any]:
     """All that decides the value of a target, and what is stored, as plain JSON.
 
     Args:
         levels: stored levels, by default those that the recipe's entry names.
-        top_k, head: positions a level of dense outputs that are stored, and whether the head's weights are.
+        top_k, head, detections: positions a level of dense outputs that are stored, and whether the head's weights and
+            detections are.
     """
     config = load_config(spec.config, spec.cfg_options, f"teachers.{name}.config")
     chosen = spec.levels if levels is None else levels
@@ -245,6 +248,8 @@ def fingerprint_record(
         "precision": precision,
         **({"dense": top_k} if top_k else {}),
         **({"head": True} if head else {}),
+        # a group that stores them has no such key: it is named as it was when every group did
+        **({} if detections else {"detections": False}),
     }
 
 

@@ -76,7 +76,7 @@ class LoadTeacherTargets(BaseTransform):
         fingerprint: the fingerprint record that is wanted; anything else is refused.
         levels: levels to read; all by default.
         top_k: positions a level of the dense head's outputs to read, the best; 0 for none.
-        detections: read the detections.
+        detections: read the detections; a group that stores none is refused (StaleCacheError) when this is built.
         local_dir, local_bytes: see `TeacherCache.open`.
         on_missing: ``wait`` for a row that is not committed, as long as a precompute may commit it; or have the teacher
             service ``compute`` it.
@@ -102,6 +102,7 @@ class LoadTeacherTargets(BaseTransform):
             fingerprint=fingerprint,
             levels=levels,
             dense=top_k > 0,
+            detections=detections,
             local_dir=local_dir,
             local_bytes=local_bytes,
         )

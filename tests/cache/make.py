@@ -66,7 +66,7 @@ def targets(group: GroupInfo, unit: Unit, skip: Iterable[int] = ()) -> list[RowT
                 {n: e.values[0].numpy() for n, e in encoded.items()},
                 {n: e.scales[0].numpy() for n, e in encoded.items() if e.scales is not None},
                 {n: float(e.snr[0]) for n, e in encoded.items()},
-                detections,
+                detections if group.detections else None,
                 row.image_id % 2**32,
                 dense(group, row.image_id, row.view, height, width),
             )

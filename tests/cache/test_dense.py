@@ -110,6 +110,10 @@ def test_who_wants_less_of_the_same_targets_is_served() -> None:
         wanted(levels=None),
     ):
         assert not serves(group(), other)
+    without = replace(group(), record=wanted(detections=False))
+    assert serves(group(), without.record), "a record without the key is of a group that holds detections"
+    assert serves(without, without.record)
+    assert not serves(without, have)
 
 
 def test_a_cache_of_detections_alone_holds_no_maps(tmp_path: Path) -> None:

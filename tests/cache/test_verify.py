@@ -13,6 +13,7 @@ from cache import (
     CorruptShardError,
     LocalStorage,
     MissingRowsError,
+    StaleCacheError,
     TeacherCache,
     compact,
     find_garbage,
@@ -63,6 +64,32 @@ def test_a_sound_cache_has_no_damage(copy: LocalStorage) -> None:
     assert report.uncommitted == []
     assert report.rows == 2 * IMAGES
     assert report.units == 5
+
+
+def test_a_group_without_detections_is_as_sound_and_its_damage_is_found_and_mended(tmp_path: Path) -> None:
+    storage, group = LocalStorage(tmp_path), make.info(detections=False)
+    make.fill(storage, group, make.images(6), skip=[4])
+    compact(storage, group)
+    make.fill(storage, group, make.images(IMAGES))  # units with rows that are carried over
+    folder = tmp_path / group.name
+    assert not (folder / "detections").exists()
+    assert verify(storage, group).damages == []
+    cache = TeacherCache.open(str(tmp_path), "t")
+    assert len(cache) == 2 * IMAGES
+    assert all(cache[key].detections is None and cache[key].features for key in cache)
+    with pytest.raises(
+        StaleCacheError, match=r"holds no detections\. Set teachers\.t\.detections: true .*mtpd precompute"
+    ):
+        TeacherCache.open(str(tmp_path), "t", detections=True)
+    shard = folder / "64x64" / "P4" / "c" / "1" / "0" / "0" / "0"
+    shard.write_bytes(b"\0" + shard.read_bytes()[1:])
+    report = verify(storage, group)
+    assert report.damaged_units == [("64x64", 1)]
+    repair(storage, report)
+    assert [entry.reason for entry in find_garbage(storage, group)] == ["not committed"]
+    make.fill(storage, group, make.images(IMAGES))
+    assert verify(storage, group).damages == []
+    assert len(TeacherCache.open(str(tmp_path), "t")) == 2 * IMAGES
 
 
 def flip(file: Path, rng: random.Random, _: list[Path]) -> list[Path]:

@@ -48,13 +48,16 @@ def write(content: dict, folder: Path) -> str:
 
 
 def test_plan_prints_exact_numbers_and_writes_nothing(data: Path, tmp_path: Path, here: Here) -> None:
-    file = write(models.recipe(data, tmp_path), tmp_path)
+    content = models.recipe(data, tmp_path)
+    content["teachers"]["swin"]["detections"] = True
+    file = write(content, tmp_path)
     result = mtpd("plan", file, "--json")
     assert result.returncode == 0, result.stderr
     content = json.loads(result.stdout)
     assert content["cost"] is None
     plans = content["teachers"]
     assert [p["teacher"] for p in plans] == ["small", "swin"]
+    assert [p["detections"] for p in plans] == [False, True]
     for plan in plans:
         assert (plan["images"], plan["views"], plan["rows"], plan["rows_to_compute"]) == (20, 2, 40, 40)
         assert sum(b["rows"] for b in plan["buckets"]) == 40
@@ -69,6 +72,8 @@ def test_plan_prints_exact_numbers_and_writes_nothing(data: Path, tmp_path: Path
     assert text.returncode == 0
     assert "96x128" in text.stdout
     assert "20 images x 2 views = 40 rows, 40 to compute" in text.stdout
+    assert "), no detections" in text.stdout
+    assert "), and detections" in text.stdout
     assert text.stdout.count("note: the student's learning rate of 0.01 is for 16 samples a step") == 1
 
 

@@ -98,6 +98,9 @@ def test_a_known_order_stays_when_a_larger_group_that_served_it_is_removed(data:
     order = find_order(recipe)
     shutil.rmtree(tmp_path / "cache" / serving)
     assert decided(recipe) == recipe.with_sequence(order.sequence)
+    content["teachers"]["small"]["detections"] = True  # beside the same features
+    recipe = parse_recipe(content, "test")
+    assert decided(recipe) == recipe.with_sequence(order.sequence)
 
 
 def test_auto_needs_teachers_and_mechanisms(data: Path, tmp_path: Path) -> None:

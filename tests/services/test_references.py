@@ -114,7 +114,8 @@ def test_a_cache_that_may_only_be_read_is_trained_from_all_the_same(data: Path, 
 def test_ls_says_what_each_group_holds(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path / "cache")
     coarse, fine = make.info(), make.info(precision="float16")
-    for group, count in ((coarse, 6), (fine, 3)):
+    bare = make.info("bare", detections=False)
+    for group, count in ((coarse, 6), (fine, 3), (bare, 3)):
         make.fill(storage, group, make.images(count))
     refer(storage, "/runs/a", coarse.name, Use("t", (1,), ()))
     found = {one.group: one for one in registry.entries(storage)}
@@ -126,6 +127,7 @@ def test_ls_says_what_each_group_holds(tmp_path: Path) -> None:
     assert one.differs == ('precision: was "float16", asked for "int8"',)
     assert [(u.work_dir, u.needs) for u in one.users] == [("/runs/a", True)]
     assert not found[fine.name].users
+    assert [found[group.name].detections for group in (coarse, fine, bare)] == [True, True, False]
     listed = json.loads(run("ls", str(storage.root), "--json")[0])
     assert [entry["rows"] for entry in listed] == [found[entry["group"]].rows for entry in listed]
     os.truncate(tmp_path / "cache" / fine.name / "manifest" / "part-64x64-000000.parquet", 100)

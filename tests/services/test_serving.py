@@ -156,7 +156,8 @@ def test_a_replica_killed_at_work_costs_no_row_and_a_poison_image_is_named(serve
         for level, values in expected[key].features.items():
             assert torch.equal(cache[key].features[level], values)
     # whoever is killed may leave a temporary file
-    assert len(list((group / "detections").glob("*.parquet"))) == did(served)["units"]
+    assert len(list(group.glob("*/P3/c/*/0/0/0"))) == did(served)["units"]
+    assert not (group / "detections").exists(), "nothing wants them"
 
 
 def test_a_lost_shard_heals(served: Recipe) -> None:

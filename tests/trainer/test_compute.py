@@ -17,7 +17,9 @@ from trainer.checkpoint import read_weights
 
 
 def test_the_cache_holds_what_the_live_teacher_gives_for_every_view(data: Path, tmp_path: Path) -> None:
-    recipe = parse_recipe(models.recipe(data, tmp_path), "test")
+    content = models.recipe(data, tmp_path)
+    content["teachers"]["swin"]["detections"] = True
+    recipe = parse_recipe(content, "test")
     assert precompute.fill(recipe, "swin") == []
     cache = TeacherCache.open(recipe.cache.uri, "swin")
     teacher = Teacher(recipe.teachers["swin"], "swin")

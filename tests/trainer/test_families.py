@@ -147,6 +147,8 @@ def test_every_student_learns_what_the_teacher_shows(
         assert (found.boxes[:, [2, 3]] <= [size[1] + 1e-3, size[0] + 1e-3]).all()
         assert set(found.labels.tolist()) <= set(range(6))
         assert (found.masks is not None) == ("mask" in name or "htc" in name)
+        alone = teacher([view["inputs"]], detect=False).features
+        assert all(torch.equal(alone[level], maps) for level, maps in output.features.items()), "heads change no map"
     for student, config in students.items():
         course = distil(config, teacher, outputs, views, {"type": "FeatureMatchingLoss"})
         ours = TWO_STAGE if "rcnn" in student else DENSE

@@ -1,6 +1,9 @@
 """What a recipe stores follows from its mechanisms, and reaches them alike from the cache and from a live teacher."""
 
-from contextlib import nullcontext
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -9,14 +12,16 @@ import torch
 from mmengine.runner import Runner
 from torch import Tensor
 
-from cache import RecipeError, TeacherCache
+from cache import GroupInfo, RecipeError, StaleCacheError, TeacherCache, open_storage, repair, verify
 from tests import models
 from tests.trainer import precompute
 from trainer import (
     CLASSES,
     Batch,
+    LoadTeacherTargets,
     OrderRows,
     needs_of,
+    open_stage,
     parse_recipe,
     read_annotations,
     refuse_other_classes,
@@ -122,6 +127,82 @@ def test_what_a_larger_recipe_stored_serves_a_smaller_one(content) -> None:
     assert len(list(Path(smaller.cache.uri).glob("mask-*"))) == 1
     cfg = stage_config(smaller, 1)
     assert cfg.train_dataloader.dataset.dataset.pipeline[-1].levels == ["P5"]
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "said", "stored"),
+    [("PKDLoss", None, False), ("PKDLoss", True, True), ("DetectionLoss", None, True), (None, None, True)],
+)
+def test_detections_are_stored_if_a_mechanism_or_the_recipe_says_so(content, mechanism, said, stored) -> None:
+    content["teachers"]["swin"]["detections"] = said
+    named = stages({"type": mechanism}, teacher="swin") if mechanism else stages({"type": "PKDLoss"}, teacher="small")
+    recipe = parse_recipe({**content, "stages": named}, "test")
+    assert needs_of(recipe, "swin").detections is stored
+    assert teacher_info(recipe, "swin").detections is stored
+    if mechanism:  # what a stage reads is another matter
+        read = stage_config(recipe, 1).train_dataloader.dataset.dataset.pipeline[-1].detections
+        assert read is (mechanism == "DetectionLoss")
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """How often modules of each class run."""
+    ran: Counter[str] = Counter()
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: ran.update([type(module).__name__])
+    )
+    try:
+        yield ran
+    finally:
+        handle.remove()
+
+
+def take_out(recipe, info: GroupInfo, units: int) -> None:
+    """Lose shards, and repair."""
+    storage = open_storage(recipe.cache.uri)
+    for file in sorted((Path(recipe.cache.uri) / info.name).glob("*/P4/c/*/0/0/0"))[:units]:
+        file.unlink()
+    repair(storage, verify(storage, info))
+
+
+def test_a_teacher_runs_no_heads_for_features_and_a_group_with_detections_serves_them_too(content) -> None:
+    def recipe_of(detections: bool | None):
+        content["teachers"]["mask"]["detections"] = detections
+        return parse_recipe({**content, "stages": stages({"type": "PKDLoss", "levels": ["P4", "P5"]})}, "test")
+
+    alone, whole = recipe_of(None), recipe_of(True)
+    infos, caches = [], []
+    for recipe, heads in ((alone, 0), (whole, 40)):
+        with counted() as ran:
+            assert precompute.fill(recipe, "mask") == []
+        assert ran["FPN"] >= 40
+        assert ran["RPNHead"] == heads
+        infos.append(teacher_info(recipe, "mask"))
+        caches.append(TeacherCache.open(recipe.cache.uri, "mask", fingerprint=infos[-1].record))
+    (less, more), folder = infos, Path(alone.cache.uri)
+    assert "detections" not in more.record, "named as it was when every group had them"
+    assert [(folder / info.name / "detections").exists() for info in infos] == [False, True]
+    for key in caches[1]:
+        ours, theirs = (cache[key] for cache in caches)
+        assert all(torch.equal(ours.features[level], theirs.features[level]) for level in ("P4", "P5"))
+        assert (ours.detections is None, theirs.detections is None) == (True, False)
+    with pytest.raises(StaleCacheError, match=r"Set teachers\.mask\.detections: true"):
+        LoadTeacherTargets(alone.cache.uri, "mask", less.record, detections=True)
+    assert teacher_info(alone, "mask") == teacher_info(recipe_of(False), "mask") == less
+
+    shutil.rmtree(folder / less.name)
+    assert teacher_info(alone, "mask") == more, "what holds more serves"
+    take_out(alone, more, 3)
+    assert teacher_info(alone, "mask") == more, "a few rows are computed into it, with heads"
+    with counted() as ran:
+        assert precompute.fill(alone, "mask") == []
+    assert 0 < ran["RPNHead"] < 20
+    take_out(alone, more, 7)
+    assert teacher_info(alone, "mask") == less, "most rows are computed faster without"
+    shutil.rmtree(folder / more.name)
+    precompute.fill(alone, "mask")
+    with pytest.raises(StaleCacheError, match=r"detections: was false"):
+        open_stage(whole, 1)
 
 
 def step(recipe, source: str) -> tuple[Batch, dict]:

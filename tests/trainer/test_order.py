@@ -310,6 +310,7 @@ def test_detectors_are_compared_from_few_rows_which_the_precompute_then_keeps(da
         assert precompute.fill(candidates, name, rows) == []
     caches = {n: TeacherCache.open(recipe.cache.uri, n) for n in candidates.teachers}
     assert all(set(cache.keys()) == {*rows.fit, *rows.score} for cache in caches.values())
+    assert not any(cache.info.detections for cache in caches.values()), "features alone are compared"
     before = {key: caches["small"][key].copy() for key in caches["small"]}
     costs = adaptation_costs(caches, rows)
     assert all(cost.value > 0 and set(cost.levels) == {"P3", "P4", "P5", "P6", "P7"} for cost in costs.values())

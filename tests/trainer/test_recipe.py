@@ -43,6 +43,11 @@ def edited(content: dict, key: str, value: object) -> dict:
             [{"type": "PKDLoss"}, {"type": "CWDLoss", "tau": 0}],
             r"stages\.2\.mechanisms\.2: CWDLoss\.tau: .*greater than 0 \(got 0\)",
         ),
+        (
+            "stages",
+            [{"teacher": "small", "mechanisms": [{"type": "PKDLoss"}, {"type": "DetectionLoss"}]}],
+            r"teachers\.small\.detections: false, but DetectionLoss learns from them\. Leave the key out",
+        ),
         ("stages.1.epoch", 3, r"stages\.1\.epoch: no such key"),
         ("student", {}, r"student\.config: required, but missing"),
         ("student.inherit", "swim", r"student\.inherit: 'swim' is not in `teachers` \(small, swin\)"),
@@ -58,7 +63,9 @@ def test_each_fault_names_file_key_and_value(
     data: Path, tmp_path: Path, key: str, value: object, expected: str
 ) -> None:
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(edited(models.recipe(data, tmp_path), key, value)))
+    content = models.recipe(data, tmp_path)
+    content["teachers"]["small"]["detections"] = False
+    file.write_text(yaml.safe_dump(edited(content, key, value)))
     with pytest.raises(RecipeError, match=f"^{file}: {expected}"):
         load_recipe(file)
 

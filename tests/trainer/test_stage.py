@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cache import CorruptShardError, MissingRowsError, RecipeError, StaleCacheError
 from tests import models
 from tests.trainer import precompute
-from trainer import Batch, latest_checkpoint, parse_recipe, stage_config, stage_dir, train_stage
+from trainer import Batch, latest_checkpoint, open_stage, parse_recipe, stage_config, stage_dir, train_stage
 from trainer.checkpoint import not_finite, read_weights
 from trainer.mechanisms import MECHANISMS, PKDLoss
 
@@ -201,6 +201,10 @@ def test_a_stage_that_is_done_is_not_trained_again_and_another_recipe_is_refused
     before = Path(results[0].student).stat().st_mtime_ns
     assert train_stage(recipe, 1) == results[0]
     assert Path(results[0].student).stat().st_mtime_ns == before
+    teachers = {name: spec.model_copy(update={"detections": True}) for name, spec in recipe.teachers.items()}
+    more = recipe.model_copy(update={"teachers": teachers})
+    assert open_stage(more, 1)[1] == results[0], "of the same targets"
+    assert stage_config(more, 1, "online").model == stage_config(recipe, 1, "online").model
     options = recipe.student.cfg_options | {"auto_scale_lr.base_batch_size": 4}  # the rate itself stays what it was
     student = recipe.student.model_copy(update={"cfg_options": options})
     assert train_stage(recipe.model_copy(update={"student": student}), 1) == results[0]

@@ -1,4 +1,5 @@
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -57,6 +58,35 @@ def test_targets_do_not_depend_on_batch_mates_nor_on_earlier_calls(data: Path, n
     for level, maps in alone.items():
         torch.testing.assert_close(batched[level][1], maps[0], rtol=1e-4, atol=1e-4)
         assert torch.equal(teacher([image], detect=False).features[level], maps)
+
+
+@pytest.mark.parametrize(
+    ("name", "top_k", "heads"),
+    [("mask-rcnn-swin", 0, set()), ("retinanet-r18", 0, set()), ("retinanet-r18", 40, {"bbox_head"})],
+)
+def test_heads_that_nothing_wants_do_not_run_and_the_rest_is_the_same_to_the_bit(
+    data: Path, name: str, top_k: int, heads: set[str]
+) -> None:
+    teacher, ran = Teacher(spec(name, data), name, top_k=top_k), set()
+    for part, module in teacher._model.named_modules():
+        module.register_forward_hook(lambda *_, part=part: ran.add(part.partition(".")[0]))
+    last = teacher._model.roi_head.mask_head if "mask" in name else teacher._model.bbox_head  # behind all NMS
+    with patch.object(last, "predict_by_feat", wraps=last.predict_by_feat) as found:
+        whole = teacher([pixels(96, 128)])
+        assert ran > {"data_preprocessor", "backbone", "neck"}
+        ran.clear()
+        found.reset_mock()
+        less = teacher([pixels(96, 128)], detect=False)
+        assert not found.called
+    assert ran == {"data_preprocessor", "backbone", "neck"} | heads
+    assert (len(whole.detections), less.detections) == (1, [])
+    for level, maps in whole.features.items():
+        assert torch.equal(less.features[level], maps)
+    for ours, theirs in zip(less.dense, whole.dense, strict=True):
+        for level, of in ours.items():
+            assert torch.equal(of.indices, theirs[level].indices)
+            assert torch.equal(of.logits, theirs[level].logits)
+            assert torch.equal(of.terms, theirs[level].terms)
 
 
 def test_the_teacher_normalises_as_its_own_config_says(data: Path) -> None:
