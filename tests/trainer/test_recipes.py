@@ -87,7 +87,7 @@ def adapted(recipe: Path, place: Path) -> dict[str, Any]:
     made["cache"]["uri"] = str(place / "cache")
     made["work_dir"] = str(place / "work" / recipe.stem)
     made["training"] |= {"workers": 1, "batch_size": 1}
-    if made["stages"] == "auto":  # whose order the test of `mtpd run` finds; here the first and the last have their stages
+    if made["stages"] == "auto":  # the order itself is another test's; here the first and the last have their stages
         order, (first, *_, last) = made.pop("order"), made["teachers"]
         made["teachers"] = {name: made["teachers"][name] for name in (first, last)}
         made["stages"] = [{"teacher": t, **{k: order[k] for k in ("mechanisms", "epochs")}} for t in made["teachers"]]
