@@ -66,7 +66,7 @@ def cache_line(fills: Sequence[FillResult], uri: str) -> str:
     storage = open_storage(uri)
     shards = size(sum(result.stored_bytes for result in fills))
     on_disk = size(sum(bytes_on_disk(storage, result.group) for result in fills))
-    return f"cache: {shards} of shards, {on_disk} on disk with manifests and detections, in {uri}"
+    return f"cache: {shards} of shards, {on_disk} on disk with manifests, in {uri}"
 
 
 def _draw(folder: Path) -> None:
