@@ -133,6 +133,6 @@ def verdict(values: Sequence[float], *results: dict[str, Any]) -> tuple[str, str
     if len(values) < 2:
         return "-", "one seed says nothing"
     if below_rounding(values, *results):
-        return "-", "below rounding"
+        return "-", "spread below rounding"
     low, high = interval(values)
     return f"{low:+.2f} .. {high:+.2f}", "within the noise" if low <= 0 <= high else "BEYOND the noise"

@@ -178,7 +178,7 @@ def _commits(done: Arms) -> list[str]:
 
 def _verdict(one: Difference) -> tuple[str, str]:
     if (bounds := one.interval) is None:
-        return "-", "below rounding" if one.hidden else "too few seeds"
+        return "-", "spread below rounding" if one.hidden else "too few seeds"
     low, high = bounds
     return f"{low:+.2f} to {high:+.2f}", "within the noise" if low <= 0 <= high else "**significant**"
 

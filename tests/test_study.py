@@ -200,11 +200,11 @@ def test_no_verdict_where_only_rounding_is_seen(setting: Setting):
         return next(line for line in lines if line.startswith("| inherited vs alone"))
 
     lines = section("s", {"arms": done()})
-    assert row(lines).endswith("| 2.20 ± 0.00 | 3 | - | below rounding |")
+    assert row(lines).endswith("| 2.20 ± 0.00 | 3 | - | spread below rounding |")
     assert not any("Significant" in line for line in lines)
     assert sum("share the images, the val set" in line for line in lines) == 1
     assert row(section("s", {"arms": done(rounded=False)})).endswith("**significant** |")
-    assert verdict([0.1, 0.1], {"mAP": 1.0}) == ("-", "below rounding")
+    assert verdict([0.1, 0.1], {"mAP": 1.0}) == ("-", "spread below rounding")
     assert verdict([0.1, 0.1], {"mAP": 1.0, "rounded": False})[1] == "BEYOND the noise"
 
 
