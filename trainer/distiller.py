@@ -13,7 +13,7 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
-from cache import Level, RecipeError, find_group, open_storage, read_head
+from cache import Level, find_group, open_storage, read_head
 from trainer.capture import captured, flatten, measure_levels, recorded
 from trainer.checkpoint import inherit, load_strict, read_weights
 from trainer.mechanisms import MECHANISMS, Batch, Mechanism
@@ -70,11 +70,6 @@ class Distiller(BaseModel):
     ) -> None:
         detector = MODELS.build(student)
         refuse_unknown(detector, precision, "training.amp")
-        if getattr(detector.data_preprocessor, "batch_augments", None):
-            raise RecipeError(
-                "student.config: its data_preprocessor has batch_augments, which change the pixels after the view. "
-                "Switch them off: student.cfg_options: {model.data_preprocessor.batch_augments: null}"
-            )
         teachers = teachers or {}
         self._needs = {need for mechanism in mechanisms for need in MECHANISMS.get(mechanism["type"]).needs}
         live = {

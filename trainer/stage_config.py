@@ -77,7 +77,7 @@ def refuse_untrainable(recipe: Recipe) -> None:
     Raises:
         RecipeError: see `stage_config`.
     """
-    known = recipe.with_sequence(list(recipe.teachers)) if recipe.auto else recipe
+    known = recipe.model_copy(update={"stages": recipe.possible_stages})
     for stage in range(1, len(known.stages) + 1):
         stage_config(known, stage)
 
@@ -282,6 +282,11 @@ def _suit_loader(cfg: Config, recipe: Recipe) -> None:
 def _set_model(cfg: Config, recipe: Recipe, stage: int, infos: Sequence[GroupInfo], targets: TargetSource) -> None:
     spec, student = recipe.stages[stage - 1], recipe.student
     checkpoint = student.checkpoint if stage == 1 else str(stage_dir(recipe, stage - 1) / "student.pth")
+    if (cfg.model.get("data_preprocessor") or {}).get("batch_augments"):
+        raise RecipeError(
+            "student.config: its data_preprocessor has batch_augments, which change the pixels after the view. "
+            "Switch them off: student.cfg_options: {model.data_preprocessor.batch_augments: null}"
+        )
     if checkpoint is None:
         refuse_missing(plain_dict(cfg.model))
     distiller: dict[str, Any] = dict(

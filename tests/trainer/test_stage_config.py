@@ -63,6 +63,10 @@ def rates(cfg: Config) -> list[float]:
             "YOLOXModeSwitchHook, .*custom_hooks: ",
         ),
         (
+            {"model.data_preprocessor.batch_augments": [{"type": "BatchFixedSizePad", "size": [96, 128]}]},
+            r"batch_augments, .*model\.data_preprocessor\.batch_augments: null",
+        ),
+        (
             {"optim_wrapper.constructor": "LearningRateDecayOptimizerConstructor"},
             r"optim_wrapper\.constructor: LearningRateDecay.*DefaultOptimWrapperConstructor",
         ),
