@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 from mmengine.utils import get_installed_path
+from torch import nn
 
 from cache import RecipeError
 
@@ -52,6 +54,24 @@ def _read(name: str) -> Config:
         # get_config finds the same file, but parses every metafile of the package first, a third of a second each time
         shipped = Path(get_installed_path(package)) / ".mim" / "configs" / path
         return Config.fromfile(shipped) if shipped.is_file() else get_config(name)
+
+
+def build_detector(model: Any, key: str) -> nn.Module:
+    """The detector of a config, with random weights.
+
+    Args:
+        model: the config's ``model``.
+        key: the recipe's key, for errors.
+
+    Raises:
+        RecipeError: mmdet cannot build it: a type that it does not know, arguments that do not go together.
+    """
+    try:
+        return MODELS.build(model)
+    except Exception as error:  # constructors raise what they like
+        raise RecipeError(
+            f"{key}: mmdet cannot build its detector: {type(error).__name__}: {error}. Mend it, or the cfg_options over it."
+        ) from error
 
 
 def nested(value: Any) -> Iterator[dict[str, Any]]:

@@ -6,12 +6,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from mmdet.registry import MODELS
-
 from cache import Level
 from trainer.annotations import read_annotations
 from trainer.capture import measure_levels
-from trainer.config import load_config, set_classes
+from trainer.config import build_detector, load_config, set_classes
 from trainer.mechanisms import MECHANISMS
 from trainer.mechanisms.base import pair
 from trainer.recipe import Recipe
@@ -92,7 +90,7 @@ def _refuse_unfit(student: str, teacher: str, name: str, mechanisms: str, classe
     spec, theirs = StudentSpec.model_validate_json(student), TeacherSpec.model_validate_json(teacher)
     config = load_config(spec.config, spec.cfg_options, "student.config")
     set_classes(config.model, classes)
-    ours, master = MODELS.build(config.model), build_model(theirs, name)
+    ours, master = build_detector(config.model, "student.config"), build_model(theirs, name)
     levels = [
         replace(level, stride=round(level.stride / spec.input_scale))
         for level in measure_levels(ours, spec.capture, "student.capture")
@@ -126,4 +124,4 @@ def _student_levels(recipe: Recipe) -> tuple[Level, ...]:
 @lru_cache(maxsize=32)
 def _measured_student(config: str, options: str, capture: tuple[str, ...]) -> tuple[Level, ...]:
     model = load_config(config, json.loads(options), "student.config").model
-    return measure_levels(MODELS.build(model), capture, "student.capture")
+    return measure_levels(build_detector(model, "student.config"), capture, "student.capture")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from cache import (
 )
 from trainer.capture import captured, flatten, measure_levels, recorded
 from trainer.checkpoint import load_strict, read_weights, sha256
-from trainer.config import load_config, nested, plain, plain_dict
+from trainer.config import build_detector, load_config, nested, plain, plain_dict
 from trainer.dense import check_dense, dense_outputs, dense_shape, strides
 from trainer.precision import DTYPES, refuse_unknown
 from trainer.specs import TeacherSpec
@@ -171,11 +170,12 @@ def dense_head(model: nn.Module, key: str) -> nn.Module:
 
 
 def build_model(spec: TeacherSpec, name: str) -> nn.Module:
-    """The detector of a teacher's config, with random weights."""
-    config = load_config(spec.config, spec.cfg_options, f"teachers.{name}.config")
+    """The detector of a teacher's config, with random weights; see `build_detector`."""
+    key = f"teachers.{name}.config"
+    config = load_config(spec.config, spec.cfg_options, key)
     for part in (config.model, config.model.get("backbone", {})):
         part.pop("init_cfg", None)  # every weight comes from the checkpoint
-    return MODELS.build(config.model)
+    return build_detector(config.model, key)
 
 
 def class_counts(spec: TeacherSpec, name: str) -> set[int]:

@@ -100,6 +100,18 @@ def test_a_stage_that_could_not_be_trained_is_refused_before_a_teacher_runs(
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_detector_that_cannot_be_built_is_one_message(data: Path, tmp_path: Path, here: Here) -> None:
+    for kind in ("student", "teachers.small"):
+        content = models.recipe(data, tmp_path)
+        spec = content["student"] if kind == "student" else content["teachers"]["small"]
+        spec["cfg_options"]["model.bbox_head.loss_bbox.type"] = "NoSuchLoss"
+        result = here("plan", write(content, tmp_path))
+        assert result.returncode == 1
+        assert (
+            f"error: {kind}.config: mmdet cannot build its detector: KeyError: 'NoSuchLoss is not in" in result.stderr
+        )
+
+
 def test_wrong_usage_is_exit_code_2() -> None:
     assert mtpd("train").returncode == 2
     assert mtpd("nonsense").returncode == 2
